@@ -1,0 +1,119 @@
+"""Settings of every process, from the environment; nothing else in the project reads variables."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+# sockaddr_un.sun_path holds 108 bytes on Linux and 104 on macOS, the terminating zero included.
+_MAX_SOCKET_PATH = 100
+
+
+class Settings(BaseSettings):
+    """Configuration, each value settable as `TUNESMITH_<NAME>`; shared URLs also without prefix."""
+
+    model_config = SettingsConfigDict(env_prefix="TUNESMITH_", extra="ignore", frozen=True)
+
+    data_dir: Path = Path("data")
+    database_url: str = Field(
+        "", validation_alias=AliasChoices("TUNESMITH_DATABASE_URL", "DATABASE_URL")
+    )
+    broker_url: str = Field("", validation_alias=AliasChoices("TUNESMITH_BROKER_URL", "BROKER_URL"))
+    engine_urls: str = Field(
+        "",
+        description="Comma-separated engines, `unix:PATH` or `http://HOST:PORT`.",
+        validation_alias=AliasChoices("TUNESMITH_ENGINE_URLS", "ENGINE_URLS"),
+    )
+    engine_secret: SecretStr = Field(
+        SecretStr(""), description="Shared secret of API and engine when they speak over TCP."
+    )
+
+    auth: Literal["none", "keys"] = "none"
+    allowed_hosts: str = Field(
+        "localhost,127.0.0.1,[::1]",
+        description="Comma-separated Host names accepted, ports ignored; `*` accepts all.",
+    )
+    allowed_origins: str = Field(
+        "", description="Comma-separated further Origins that may send writes from a browser."
+    )
+
+    max_upload_bytes: int = 256 * 1024**2
+    max_request_bytes: int = 16 * 1024**2
+    max_dataset_rows: int = 1_000_000
+    max_adapter_bytes: int = 2 * 1024**3
+
+    lease_seconds: float = Field(30.0, gt=0)
+    idle_poll_seconds: float = Field(5.0, gt=0)
+    grace_seconds: float = Field(20.0, gt=0, description="From a stop request to SIGKILL.")
+    max_attempts: int = Field(3, ge=1)
+    trainer_max_rss_bytes: int = Field(
+        0, description="Recycle the trainer above this size between jobs; 0 is half of the memory."
+    )
+
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.")
+    trainer_threads: int = Field(
+        0, ge=0, description="Torch threads of the trainer; 0 is all cores."
+    )
+    engine_threads: int = Field(0, ge=0, description="Torch threads of the engine; 0 is all cores.")
+    trainer_niceness: int = Field(5, ge=0, le=19)
+    engine_max_adapters: int = Field(16, ge=1)
+    engine_max_waiting: int = Field(64, ge=1)
+    generate_timeout_seconds: float = Field(600.0, gt=0)
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_prompts: bool = False
+
+    @cached_property
+    def root(self) -> Path:
+        """The data directory as an absolute path."""
+        return self.data_dir.expanduser().resolve()
+
+    @property
+    def run_dir(self) -> Path:
+        """Sockets, broker files and other state that a restart may lose."""
+        return self.root / "run"
+
+    @property
+    def resolved_database_url(self) -> str:
+        """SQLAlchemy URL; SQLite in the data directory by default, Postgres through psycopg 3."""
+        url = self.database_url
+        if not url:
+            return f"sqlite:///{self.root / 'tunesmith.db'}"
+        for prefix in ("postgres://", "postgresql://"):
+            if url.startswith(prefix):
+                return "postgresql+psycopg://" + url.removeprefix(prefix)
+        return url
+
+    @property
+    def engine_socket(self) -> Path:
+        """Where the local engine listens; a short path if the data directory's is too long."""
+        path = self.run_dir / "engine.sock"
+        if len(os.fsencode(path)) < _MAX_SOCKET_PATH:
+            return path
+        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"tunesmith-{os.getuid()}-{digest}" / "engine.sock"
+
+    @property
+    def engine_addresses(self) -> list[str]:
+        """All configured engines; the local socket when none is named."""
+        named = [part.strip() for part in self.engine_urls.split(",") if part.strip()]
+        return named or [f"unix:{self.engine_socket}"]
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that give a child process these same settings."""
+        variables: dict[str, str] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretStr):
+                value = value.get_secret_value()
+            if name == "data_dir":
+                value = self.root
+            variables[f"TUNESMITH_{name.upper()}"] = str(value)
+        return variables

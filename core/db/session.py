@@ -1,0 +1,74 @@
+"""Engines and sessions; SQLite is made honest here (WAL, foreign keys, real BEGIN IMMEDIATE)."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.orm import Session, sessionmaker
+
+_BUSY_TIMEOUT_MILLISECONDS = 15_000
+
+
+def create_database(url: str) -> Engine:
+    """Return a SQLAlchemy engine for `url`, with SQLite's transactions under our control.
+
+    On SQLite every transaction starts as `BEGIN IMMEDIATE` when it was opened with `write=True` in
+    `Database.session`, so that a claim never fails half-way with a stale snapshot.
+    """
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=10)
+    engine = create_engine(
+        url, connect_args={"timeout": _BUSY_TIMEOUT_MILLISECONDS / 1000, "check_same_thread": False}
+    )
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: sqlite3.Connection, _: Any) -> None:
+        connection.isolation_level = None  # we emit BEGIN ourselves, below
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MILLISECONDS}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        write = connection.get_execution_options().get("write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+class Database:
+    """One database: short sessions that commit on success and roll back on any error.
+
+    Args:
+        url: SQLAlchemy URL, see `Settings.resolved_database_url`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.engine = create_database(url)
+        self._reading = sessionmaker(self.engine, expire_on_commit=False)
+        self._writing = sessionmaker(
+            self.engine.execution_options(write=True), expire_on_commit=False
+        )
+
+    @contextmanager
+    def session(self, *, write: bool = False) -> Iterator[Session]:
+        """Open a session for one short unit of work.
+
+        Args:
+            write: Take the write lock at once (SQLite); no effect on Postgres.
+        """
+        maker = self._writing if write else self._reading
+        with maker.begin() as session:
+            yield session
+
+    def close(self) -> None:
+        """Close all pooled connections."""
+        self.engine.dispose()

@@ -1,0 +1,1 @@
+"""Serving: the Engine protocol, its implementations and the gates that every adapter must pass."""

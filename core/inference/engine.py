@@ -1,0 +1,230 @@
+"""The Engine protocol and its values: what the API and an engine say to each other.
+
+Owns the request and event models, which are also the wire format between the processes. Knows no
+torch, no HTTP and no database, so that the API can import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Message(_Value):
+    """One chat turn."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class BaseModelRef(_Value):
+    """A base model on this machine's disk.
+
+    Attributes:
+        name: The configured name.
+        digest: SHA-256 over its files; what adapters are matched against.
+        path: Directory with config, safetensors and tokenizer.
+    """
+
+    name: str
+    digest: str
+    path: str
+
+
+class AdapterRef(_Value):
+    """An adapter on this machine's disk; `digest` alone identifies it.
+
+    Attributes:
+        digest: Content digest; every cache is keyed by it.
+        path: Directory of the published artifact, `manifest.json` included.
+    """
+
+    digest: str
+    path: str
+
+
+class SamplingParams(_Value):
+    """How tokens are chosen. `temperature=0` is greedy."""
+
+    max_new_tokens: int = Field(128, ge=1, le=131_072)
+    min_new_tokens: int = Field(0, ge=0, le=131_072)
+    temperature: float = Field(0.0, ge=0, le=10, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=1_000_000, description="0 considers all tokens.")
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=10, description="1 is none (Keskar et al., 2019)."
+    )
+    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        default_factory=list, max_length=16
+    )
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    n: int = Field(1, ge=1, le=16, description="Independent answers.")
+    logprobs: int | None = Field(
+        None, ge=0, le=20, description="Report each token's log-probability and this many best."
+    )
+
+
+class GenerateRequest(_Value):
+    """One request; exactly one of `prompt` and `messages` is set."""
+
+    request_id: str
+    project_id: str
+    base_model: BaseModelRef
+    adapter: AdapterRef | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    sampling: SamplingParams = SamplingParams()
+
+
+class TokenLogprob(_Value):
+    """Log-probabilities at one generated position, from the raw logits before any sampling change.
+
+    Attributes:
+        token: The token's own text.
+        token_id: Its id.
+        logprob: Natural logarithm of its probability.
+        top: (token id, token text, logprob) of the most probable tokens, best first.
+    """
+
+    token: str
+    token_id: int
+    logprob: float
+    top: list[tuple[int, str, float]] = []
+
+
+class Started(_Value):
+    """First event: the prompt is accepted and the adapter resident.
+
+    Attributes:
+        prompt_tokens: Length of the rendered prompt.
+        adapter_digest: What the answer is computed with; `None` is the base.
+        base_digest: Digest of the base weights.
+        precision: Precision of the weights, such as `float32`.
+    """
+
+    type: Literal["started"] = "started"
+    prompt_tokens: int
+    base_digest: str
+    adapter_digest: str | None
+    precision: str
+
+
+class Delta(_Value):
+    """More text of answer `index`; text may be empty while a character is incomplete."""
+
+    type: Literal["delta"] = "delta"
+    index: int = 0
+    text: str
+    logprobs: list[TokenLogprob] = []
+
+
+class Finished(_Value):
+    """Answer `index` is complete."""
+
+    type: Literal["finished"] = "finished"
+    index: int = 0
+    finish_reason: FinishReason
+    completion_tokens: int
+
+
+class Timings(_Value):
+    """Milliseconds of one request inside the engine."""
+
+    queue_ms: float
+    load_ms: float
+    first_token_ms: float
+    total_ms: float
+
+
+class Done(_Value):
+    """Last event of a request that succeeded."""
+
+    type: Literal["done"] = "done"
+    prompt_tokens: int
+    completion_tokens: int
+    timings: Timings
+
+
+class Failed(_Value):
+    """Last event of a request that failed after `Started`; `error` as `core.errors.to_wire`."""
+
+    type: Literal["failed"] = "failed"
+    error: dict[str, Any]
+
+
+EngineEvent = Annotated[Started | Delta | Finished | Done | Failed, Field(discriminator="type")]
+
+
+class ResidentAdapter(_Value):
+    """An adapter in the engine's memory."""
+
+    digest: str
+    base_digest: str
+    bytes: int
+    hits: int
+    load_ms: float
+    last_used_seconds_ago: float
+
+
+class EngineStatus(_Value):
+    """What an engine holds and has done since it started."""
+
+    ready: bool
+    device: str
+    base_models: list[str] = Field(description="Digests of the loaded base models.")
+    precision: dict[str, str] = Field(description="Precision by base digest.")
+    adapters: list[ResidentAdapter]
+    running: int
+    waiting: int
+    loads: int
+    evictions: int
+    load_failures: int
+    prompt_tokens: int
+    completion_tokens: int
+    resident_bytes: int
+
+
+class Engine(Protocol):
+    """Computes answers. One implementation runs in this process, another is a client of one."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
+        """Start a request and return its events, once the engine has accepted it.
+
+        The returned iterator yields `Started`, then `Delta`s and one `Finished` per answer, then
+        `Done` or `Failed`. Closing it early cancels the request.
+
+        Raises:
+            InvalidInput: The prompt does not fit the context, or a field cannot be honoured.
+            Conflict: The adapter does not belong to this base model or failed a gate.
+            Unavailable: The engine is starting, full or gone.
+        """
+        ...
+
+    async def load(self, base_model: BaseModelRef, adapter: AdapterRef) -> ResidentAdapter:
+        """Make an adapter resident, through all gates.
+
+        Raises:
+            Conflict: A gate refused it; the code and hint name which and why.
+            Unavailable: The engine is starting, full or gone.
+        """
+        ...
+
+    async def unload(self, digest: str) -> bool:
+        """Forget an adapter as soon as no request uses it; False when it was not resident."""
+        ...
+
+    async def status(self) -> EngineStatus:
+        """Return residency and counters.
+
+        Raises:
+            Unavailable: The engine is gone.
+        """
+        ...
