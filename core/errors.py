@@ -116,6 +116,10 @@ class Unavailable(TunesmithError):
         super().__init__(message, **details)
         self.retry_after_seconds = retry_after_seconds
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the error as plain JSON values, with the time to wait."""
+        return {**super().as_dict(), "retry_after_seconds": self.retry_after_seconds}
+
 
 class TrainingFailed(TunesmithError):
     """A job ended without an adapter."""
@@ -154,4 +158,6 @@ def from_wire(members: dict[str, Any]) -> TunesmithError:
     """Rebuild the error that `to_wire` encoded; unknown kinds become `TunesmithError`."""
     cls = _BY_KIND.get(str(members.get("kind")), TunesmithError)
     details = {name: members.get(name) for name in ("code", "hint", "field", "line", "errors")}
+    if cls is Unavailable and "retry_after_seconds" in members:
+        details["retry_after_seconds"] = int(members["retry_after_seconds"])
     return cls(str(members.get("message", "unknown error")), **details)
