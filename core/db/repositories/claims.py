@@ -1,0 +1,197 @@
+"""Jobs as workers see them: claims, fenced writes and what dead workers left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from core.db.models import Job, utc_now
+from core.db.repositories.history import Event, advance
+from core.db.types import database_epoch
+from core.errors import LeaseLost
+
+Stage = Literal["validate", "train"]
+
+_UNHELD = {"worker_id": None, "lease_expires_epoch": None}
+_HELD_STATUS = {"validate": "validating", "train": "running"}
+_STARTED_EVENT = {"validate": "validation_started", "train": "training_started"}
+
+
+class ClaimRepository:
+    """Jobs of all projects, written by one worker."""
+
+    def __init__(self, session: Session, worker_id: str) -> None:
+        self._session = session
+        self._worker_id = worker_id
+
+    def claim(self, stage: Stage, lease_seconds: float) -> Job | None:
+        """Take the best waiting job: highest priority first, then the oldest.
+
+        One statement decides. On SQLite the session must be open for writing; on Postgres rows
+        that another worker is taking at this moment are skipped.
+        """
+        waiting = Job.status == ("validating" if stage == "validate" else "queued")
+        best = (
+            select(Job.id)
+            .where(waiting, Job.worker_id.is_(None))
+            .order_by(Job.priority.desc(), Job.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+            .scalar_subquery()
+        )
+        values: dict[str, Any] = {}
+        if stage == "train":
+            values["started_at"] = func.coalesce(Job.started_at, utc_now())
+        return advance(
+            self._session,
+            Job.id == best,
+            events=[(_STARTED_EVENT[stage], {})],
+            status=_HELD_STATUS[stage],
+            attempt=Job.attempt + 1,
+            worker_id=self._worker_id,
+            lease_expires_epoch=database_epoch() + lease_seconds,
+            stage=stage,
+            step=0,
+            total_steps=None,
+            eta_seconds=None,
+            trained_tokens=0,
+            **values,
+        )
+
+    def write(
+        self,
+        job_id: str,
+        attempt: int,
+        stage: Stage,
+        events: Sequence[Event] = (),
+        /,
+        **values: Any,
+    ) -> Job:
+        """Change a job that this worker holds.
+
+        Raises:
+            LeaseLost: It holds that attempt no longer; nothing was changed.
+        """
+        job = advance(
+            self._session,
+            Job.id == job_id,
+            Job.attempt == attempt,
+            Job.worker_id == self._worker_id,
+            Job.status == _HELD_STATUS[stage],
+            events=events,
+            **values,
+        )
+        if job is None:
+            raise LeaseLost(
+                f"attempt {attempt} of {job_id} is no longer held by {self._worker_id}",
+                hint="Stop working on it; another worker may have it.",
+            )
+        return job
+
+    def renew(self, job_id: str, attempt: int, stage: Stage, lease_seconds: float) -> Job:
+        """Extend the lease by the database's clock.
+
+        Raises:
+            LeaseLost: The worker holds that attempt no longer.
+        """
+        expires = database_epoch() + lease_seconds
+        return self.write(job_id, attempt, stage, lease_expires_epoch=expires)
+
+    def hand_back(self, job_id: str, attempt: int, stage: Stage, status: str, event: Event) -> Job:
+        """Let go of a job that waits again as `status`, or is cancelled if that was asked.
+
+        Raises:
+            LeaseLost: The worker holds that attempt no longer.
+        """
+        job = self.write(
+            job_id, attempt, stage, [event], status=status, stage=None, eta_seconds=None, **_UNHELD
+        )
+        return self._cancel_if_requested(job)
+
+    def end(
+        self, job_id: str, attempt: int, stage: Stage, status: str, event: Event, **values: Any
+    ) -> Job:
+        """Let go of a job that has ended as `status`.
+
+        Raises:
+            LeaseLost: The worker holds that attempt no longer.
+        """
+        return self.write(
+            job_id,
+            attempt,
+            stage,
+            [event],
+            status=status,
+            finished_at=utc_now(),
+            eta_seconds=None,
+            **_UNHELD,
+            **values,
+        )
+
+    def list_expired(self, limit: int) -> Sequence[Job]:
+        """Return jobs whose lease has run out, locked where the database can."""
+        return self._session.scalars(
+            select(Job)
+            .where(
+                Job.status.in_(_HELD_STATUS.values()),
+                Job.lease_expires_epoch < database_epoch(),
+            )
+            .order_by(Job.lease_expires_epoch)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        ).all()
+
+    def list_held(self) -> set[tuple[str, int]]:
+        """Return (job id, attempt) of all jobs that some worker holds."""
+        rows = self._session.execute(select(Job.id, Job.attempt).where(Job.worker_id.is_not(None)))
+        return {(row[0], row[1]) for row in rows}
+
+    def requeue_lost(self, job: Job, event: Event) -> None:
+        """Let a job wait again whose worker vanished, or cancel it if that was asked."""
+        changed = advance(
+            self._session,
+            Job.id == job.id,
+            Job.attempt == job.attempt,
+            Job.status == job.status,
+            events=[event],
+            status="queued" if job.status == "running" else job.status,
+            lost_attempts=Job.lost_attempts + 1,
+            stage=None,
+            eta_seconds=None,
+            **_UNHELD,
+        )
+        if changed is not None:
+            self._cancel_if_requested(changed)
+
+    def give_up_lost(self, job: Job, error: dict[str, Any]) -> None:
+        """Fail a job whose workers vanished too often."""
+        advance(
+            self._session,
+            Job.id == job.id,
+            Job.attempt == job.attempt,
+            Job.status == job.status,
+            events=[("failed", {"error": error})],
+            status="failed",
+            error=error,
+            lost_attempts=Job.lost_attempts + 1,
+            finished_at=utc_now(),
+            eta_seconds=None,
+            **_UNHELD,
+        )
+
+    def _cancel_if_requested(self, job: Job) -> Job:
+        if not job.cancel_requested:
+            return job
+        return (
+            advance(
+                self._session,
+                Job.id == job.id,
+                events=[("cancelled", {})],
+                status="cancelled",
+                finished_at=utc_now(),
+            )
+            or job
+        )

@@ -1,0 +1,93 @@
+"""Events and metrics of jobs, and the one statement by which a job moves on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from core.db.models import Job, JobEvent, JobMetric
+from core.db.repositories.dialect import insert_into
+
+Event = tuple[str, dict[str, Any]]
+"""Type and data of an event."""
+
+_MEASURED = ("epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+
+
+def advance(
+    session: Session, *conditions: ColumnElement[bool], events: Sequence[Event] = (), **values: Any
+) -> Job | None:
+    """Update the one job that meets all conditions and append events to its history.
+
+    The event numbers are taken by the same statement that checks the conditions, so they have no
+    gaps and a writer whose conditions no longer hold leaves no trace.
+
+    Returns:
+        The job after the update, or `None` when no job met the conditions.
+    """
+    statement = (
+        update(Job)
+        .where(*conditions)
+        .values(last_event=Job.last_event + len(events), **values)
+        .returning(Job)
+        .execution_options(synchronize_session=False, populate_existing=True)
+    )
+    job = session.scalars(statement).one_or_none()
+    if job is not None:
+        first = job.last_event - len(events) + 1
+        session.add_all(
+            JobEvent(job_id=job.id, sequence=first + i, attempt=job.attempt, type=kind, data=data)
+            for i, (kind, data) in enumerate(events)
+        )
+        session.flush()
+    return job
+
+
+class HistoryRepository:
+    """Reads and writes events and metrics; whether the caller may is checked with the job."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def list_events(self, job_id: str, *, after: int, limit: int) -> Sequence[JobEvent]:
+        """Return events with a sequence above `after`, oldest first."""
+        return self._session.scalars(
+            select(JobEvent)
+            .where(JobEvent.job_id == job_id, JobEvent.sequence > after)
+            .order_by(JobEvent.sequence)
+            .limit(limit)
+        ).all()
+
+    def list_metrics(
+        self, job_id: str, *, after: tuple[int, int], attempt: int | None, limit: int
+    ) -> Sequence[JobMetric]:
+        """Return metrics behind the position (attempt, step), in that order."""
+        query = select(JobMetric).where(
+            JobMetric.job_id == job_id, tuple_(JobMetric.attempt, JobMetric.step) > after
+        )
+        if attempt is not None:
+            query = query.where(JobMetric.attempt == attempt)
+        return self._session.scalars(
+            query.order_by(JobMetric.attempt, JobMetric.step).limit(limit)
+        ).all()
+
+    def merge_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Insert metrics; a row that exists keeps the measurements that are `None` in the new one.
+
+        Args:
+            rows: Column values, at most one mapping per (job_id, attempt, step).
+        """
+        if not rows:
+            return
+        statement = insert_into(self._session, JobMetric)
+        statement = statement.on_conflict_do_update(
+            index_elements=["job_id", "attempt", "step"],
+            set_={
+                name: func.coalesce(statement.excluded[name], getattr(JobMetric, name))
+                for name in _MEASURED
+            },
+        )
+        self._session.execute(statement, list(rows))

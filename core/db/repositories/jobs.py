@@ -1,0 +1,163 @@
+"""Jobs as their owners see them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from core.db.models import Adapter, AdapterVersion, IdempotencyKey, Job, utc_now
+from core.db.repositories.dialect import is_key
+from core.db.repositories.history import advance
+from core.errors import NotFound
+from core.principal import Principal
+
+UNFINISHED = ("validating", "queued", "running")
+
+
+@dataclass(frozen=True)
+class JobFilter:
+    """Which jobs a list holds; `None` does not filter."""
+
+    status: str | None = None
+    adapter: str | None = None
+    base_model: str | None = None
+
+
+class JobRepository:
+    """Jobs of one project."""
+
+    def __init__(self, session: Session, principal: Principal) -> None:
+        self._session = session
+        self._principal = principal
+
+    def get(self, job_id: str) -> Job:
+        """Return a job.
+
+        Raises:
+            NotFound: Code `unknown_job`.
+        """
+        job = self.find(job_id)
+        if job is None:
+            raise NotFound(f"no job {job_id!r}", code="unknown_job")
+        return job
+
+    def find(self, job_id: str) -> Job | None:
+        """Return a job of the project, read afresh."""
+        if not is_key(job_id):
+            return None
+        return self._session.scalars(
+            select(Job)
+            .where(Job.id == job_id, self._owned())
+            .execution_options(populate_existing=True)
+        ).one_or_none()
+
+    def add(self, job: Job) -> None:
+        """Insert a job."""
+        self._session.add(job)
+        self._session.flush()
+
+    def add_under_key(self, job: Job, key: IdempotencyKey) -> bool:
+        """Insert a job together with its idempotency key.
+
+        Returns:
+            False when the key was taken meanwhile; then nothing is inserted.
+        """
+        try:
+            with self._session.begin_nested():
+                self._session.add(job)
+                self._session.flush()
+                self._session.add(key)
+        except IntegrityError:
+            if self.find_key(key.key) is None:
+                raise
+            return False
+        return True
+
+    def find_key(self, key: str) -> IdempotencyKey | None:
+        """Return what the project used an idempotency key for."""
+        return self._session.scalars(
+            select(IdempotencyKey).where(
+                IdempotencyKey.project_id == self._principal.project_id, IdempotencyKey.key == key
+            )
+        ).one_or_none()
+
+    def cancel_waiting(self, job_id: str) -> Job | None:
+        """Cancel a job that no worker holds; `None` when one does or the job has ended."""
+        waiting = or_(
+            Job.status == "queued", and_(Job.status == "validating", Job.worker_id.is_(None))
+        )
+        return advance(
+            self._session,
+            Job.id == job_id,
+            self._owned(),
+            waiting,
+            events=[("cancelled", {})],
+            status="cancelled",
+            finished_at=utc_now(),
+        )
+
+    def request_cancel(self, job_id: str) -> Job | None:
+        """Ask the worker that holds the job to stop; `None` when it has ended or was asked."""
+        return advance(
+            self._session,
+            Job.id == job_id,
+            self._owned(),
+            Job.status.in_(UNFINISHED),
+            Job.cancel_requested.is_(False),
+            events=[("cancel_requested", {})],
+            cancel_requested=True,
+        )
+
+    def delete(self, job_id: str) -> bool:
+        """Remove an ended job with its events, metrics and keys; False when it has not ended."""
+        removed = self._session.scalars(
+            delete(Job)
+            .where(Job.id == job_id, self._owned(), Job.status.not_in(UNFINISHED))
+            .returning(Job.id)
+            .execution_options(synchronize_session=False)
+        ).one_or_none()
+        return removed is not None
+
+    def queue_position(self, job: Job) -> int:
+        """Count the queued jobs, of any project, that a worker takes before this one."""
+        before = or_(
+            Job.priority > job.priority, and_(Job.priority == job.priority, Job.id < job.id)
+        )
+        query = select(func.count()).select_from(Job).where(Job.status == "queued", before)
+        return self._session.scalar(query) or 0
+
+    def versions(self, jobs: Collection[Job]) -> Mapping[str, tuple[str, int, str]]:
+        """Return version id → (adapter, version, digest) for what the jobs published."""
+        ids = [job.version_id for job in jobs if job.version_id is not None]
+        if not ids:
+            return {}
+        rows = self._session.execute(
+            select(AdapterVersion.id, Adapter.name, AdapterVersion.version, AdapterVersion.digest)
+            .join(Adapter, Adapter.id == AdapterVersion.adapter_id)
+            .where(AdapterVersion.id.in_(ids))
+        )
+        return {row[0]: (row[1], row[2], row[3]) for row in rows}
+
+    def list(self, chosen: JobFilter, *, before: str | None, limit: int) -> Sequence[Job]:
+        """Return jobs older than the id `before`, newest first."""
+        query = select(Job).where(self._owned())
+        wanted = (
+            (Job.status, chosen.status),
+            (Job.adapter_name, chosen.adapter),
+            (Job.base_model, chosen.base_model),
+        )
+        for column, value in wanted:
+            if value is not None:
+                if not is_key(value):
+                    return []
+                query = query.where(column == value)
+        if before is not None:
+            query = query.where(Job.id < before)
+        return self._session.scalars(query.order_by(Job.id.desc()).limit(limit)).all()
+
+    def _owned(self) -> ColumnElement[bool]:
+        return Job.project_id == self._principal.project_id

@@ -1,0 +1,224 @@
+"""The gates an adapter passes before it answers anything.
+
+An answer for an adapter is never computed with other weights, nor silently with the base alone. So
+the files must be what the manifest says, must belong to this very base model and tokenizer, must
+hold finite matrices of matching shapes, must modify exactly the modules they name, and must change
+the base's logits. Each refusal is a `Conflict` with a code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from core.artifacts import (
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    Manifest,
+    check_adapter_config,
+    check_lora_tensors,
+    read_lora_tensors,
+    read_manifest,
+    sha256_file,
+    verify_files,
+)
+from core.errors import Conflict, InvalidInput
+from core.inference.engine import AdapterRef
+
+_REPUBLISH = "Train or import the adapter again."
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What adapters are matched against.
+
+    Attributes:
+        digest: Digest of the base model's files.
+        tokenizer_sha256: Hash of its `tokenizer.json`.
+        linear_modules: Name → [out_features, in_features] of its adaptable modules.
+    """
+
+    digest: str
+    tokenizer_sha256: str
+    linear_modules: Mapping[str, list[int]]
+
+
+@dataclass(frozen=True)
+class LoraMatrices:
+    """The matrices of one module: A of shape (rank, in), B of shape (out, rank), float32."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """An adapter that passed the gates on its files.
+
+    Attributes:
+        digest: Its digest.
+        r: Rank.
+        lora_alpha: Scale before division by the rank.
+        use_rslora: Whether the scale is divided by the rank's square root instead.
+        modules: Matrices by full module name.
+        template: Chat template; `None` when it has none.
+        golden_token_ids: Tokens for the effect gate.
+    """
+
+    digest: str
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    modules: Mapping[str, LoraMatrices]
+    template: str | None
+    golden_token_ids: list[int]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the matrices in memory."""
+        return sum(m.a.nbytes + m.b.nbytes for m in self.modules.values())
+
+
+def read_adapter(adapter: AdapterRef, base: BaseFacts) -> AdapterWeights:
+    """Read an adapter's files through all gates that need no model.
+
+    Raises:
+        Conflict: Code `digest_mismatch`, `invalid_manifest`, `base_model_mismatch`,
+            `tokenizer_mismatch`, `template_mismatch`, `invalid_adapter_config`,
+            `invalid_adapter_weights`, `adapter_shape_mismatch` or `adapter_not_finite`.
+    """
+    directory = Path(adapter.path)
+    try:
+        manifest = read_manifest(directory)
+        _check_identity(adapter, manifest)
+        verify_files(directory, manifest)
+        _check_origin(directory, manifest, base)
+        config = check_adapter_config(directory / CONFIG_FILE)
+        tensors = read_lora_tensors(directory / WEIGHTS_FILE)
+        names = check_lora_tensors(tensors, rank=config["r"], linear_modules=base.linear_modules)
+    except InvalidInput as error:
+        # The caller's request was fine; it is the stored adapter that cannot serve it.
+        raise Conflict(
+            error.message, code=error.code, hint=error.hint or _REPUBLISH, field=error.field
+        ) from error
+    rslora = config.get("use_rslora", False)
+    if (manifest.r, manifest.lora_alpha, manifest.use_rslora, manifest.target_modules) != (
+        config["r"],
+        config["lora_alpha"],
+        rslora,
+        names,
+    ):
+        raise Conflict(
+            "the adapter's manifest and its files say different things",
+            code="invalid_manifest",
+            hint=_REPUBLISH,
+        )
+    template = directory / TEMPLATE_FILE
+    return AdapterWeights(
+        digest=manifest.digest,
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        use_rslora=rslora,
+        modules=_read_matrices(directory / WEIGHTS_FILE, names),
+        template=template.read_text("utf-8") if manifest.template_sha256 else None,
+        golden_token_ids=manifest.golden_token_ids,
+    )
+
+
+def check_applied(applied: Collection[str], expected: Collection[str]) -> None:
+    """Check that an adapter modifies exactly the modules it names.
+
+    Raises:
+        Conflict: Code `adapter_not_applied`.
+    """
+    missing, surplus = set(expected) - set(applied), set(applied) - set(expected)
+    if missing or surplus:
+        example = min(missing or surplus)
+        raise Conflict(
+            f"the adapter modifies {len(set(applied) - surplus)} of its {len(set(expected))} "
+            f"modules and {len(surplus)} others, for example {example}",
+            code="adapter_not_applied",
+            hint="The adapter does not fit this base model's architecture.",
+        )
+
+
+def check_effect(base_logits: Tensor, adapter_logits: Tensor) -> None:
+    """Check that an adapter changes the logits of its golden tokens, to finite values.
+
+    Raises:
+        Conflict: Code `adapter_not_finite` or `adapter_has_no_effect`.
+    """
+    if not bool(torch.isfinite(adapter_logits).all()):
+        raise Conflict(
+            "with the adapter the model computes values that are not numbers",
+            code="adapter_not_finite",
+            hint="The training diverged; train again with a lower learning rate.",
+        )
+    if torch.equal(base_logits, adapter_logits):
+        raise Conflict(
+            "the adapter changes nothing: its logits are those of the base model",
+            code="adapter_has_no_effect",
+            hint="Train for more steps or with a higher learning rate.",
+        )
+
+
+def _check_identity(adapter: AdapterRef, manifest: Manifest) -> None:
+    if manifest.digest != adapter.digest:
+        raise Conflict(
+            "the stored adapter is not the one that was asked for",
+            code="digest_mismatch",
+            hint=_REPUBLISH,
+        )
+
+
+def _check_origin(directory: Path, manifest: Manifest, base: BaseFacts) -> None:
+    if manifest.base_digest != base.digest:
+        raise Conflict(
+            "the adapter was trained on other base weights "
+            f"({manifest.base_digest[:12]}… rather than {base.digest[:12]}…)",
+            code="base_model_mismatch",
+            hint="Ask for the adapter's own base model, or train it again on this one.",
+        )
+    tokenizer_sha256 = sha256_file(directory / TOKENIZER_FILE)
+    if tokenizer_sha256 != manifest.tokenizer_sha256 or tokenizer_sha256 != base.tokenizer_sha256:
+        raise Conflict(
+            "the adapter was trained with another tokenizer than the base model's",
+            code="tokenizer_mismatch",
+            hint="Train the adapter again on this base model.",
+        )
+    template = directory / TEMPLATE_FILE
+    template_sha256 = sha256_file(template) if template.is_file() else None
+    listed = any(file.path == TEMPLATE_FILE for file in manifest.files)
+    if template_sha256 != manifest.template_sha256 or listed != (template_sha256 is not None):
+        raise Conflict(
+            "the adapter's chat template is not the one it was trained with",
+            code="template_mismatch",
+            hint=_REPUBLISH,
+        )
+
+
+def _read_matrices(path: Path, names: list[str]) -> dict[str, LoraMatrices]:
+    # The header has been checked against the file's size, so this allocates no more than that.
+    tensors = load_file(path)
+
+    def matrix(name: str, side: str) -> Tensor:
+        # A copy: what was loaded may still be mapped to the file.
+        stored: Tensor = tensors[f"base_model.model.{name}.lora_{side}.weight"]
+        return stored.to(torch.float32, copy=True)
+
+    matrices = {name: LoraMatrices(matrix(name, "A"), matrix(name, "B")) for name in names}
+    for name, pair in matrices.items():
+        if not (torch.isfinite(pair.a).all() and torch.isfinite(pair.b).all()):
+            raise Conflict(
+                f"the adapter's weights of {name} are not all numbers",
+                code="adapter_not_finite",
+                hint="The training diverged; train again with a lower learning rate.",
+            )
+    return matrices

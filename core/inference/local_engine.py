@@ -1,0 +1,196 @@
+"""The Engine of this process: the engine thread behind the Protocol, and the streams it feeds.
+
+Owns the bridge between asyncio and the thread. Knows no torch; that comes with the runner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
+
+from core.errors import TunesmithError, Unavailable
+from core.inference.engine import (
+    AdapterRef,
+    BaseModelRef,
+    Done,
+    EngineEvent,
+    EngineStatus,
+    EventStream,
+    Failed,
+    GenerateRequest,
+    ResidentAdapter,
+)
+from core.inference.engine_thread import EngineThread
+from core.inference.work import Outcome, Work
+
+if TYPE_CHECKING:
+    from core.inference.transformers_runner import TransformersRunner
+
+_MAX_ROWS = 16
+
+
+class LocalEngine:
+    """Computes answers in a thread of this process; see `core.inference.engine.Engine`.
+
+    Args:
+        make_runner: Called in the engine thread; imports the model libraries there.
+        max_adapters: Adapters in memory.
+        max_waiting: Requests that may wait; further ones are refused.
+        max_rows: Answers that may be computed at a time.
+        on_crash: Called in the engine thread when it ends by an error of its own.
+    """
+
+    def __init__(
+        self,
+        make_runner: Callable[[], TransformersRunner],
+        *,
+        max_adapters: int = 16,
+        max_waiting: int = 64,
+        max_rows: int = _MAX_ROWS,
+        on_crash: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._thread = EngineThread(
+            make_runner,
+            max_adapters=max_adapters,
+            max_waiting=max_waiting,
+            max_rows=max_rows,
+            on_crash=on_crash,
+        )
+
+    def start(self) -> Self:
+        """Start the engine thread and return at once; `status` tells when it is ready."""
+        self._thread.start()
+        return self
+
+    @property
+    def ready(self) -> threading.Event:
+        """Set while the engine takes requests."""
+        return self._thread.ready
+
+    def stop(self) -> None:
+        """Stop after the present step; what is not done fails. Blocks until the thread ended."""
+        self._thread.stop()
+
+    async def generate(self, request: GenerateRequest) -> EventStream:
+        """Start a request; see `Engine.generate`."""
+        stream = _Stream(self._thread)
+        stream.work = Work(request.base_model, request.adapter, request, stream.deliver)
+        await self._submit(stream)
+        return stream
+
+    async def load(self, base_model: BaseModelRef, adapter: AdapterRef) -> ResidentAdapter:
+        """Make an adapter resident; see `Engine.load`."""
+        stream = _Stream(self._thread)
+        stream.work = Work(base_model, adapter, None, stream.deliver)
+        await self._submit(stream)
+        assert isinstance(stream.first, ResidentAdapter)
+        return stream.first
+
+    async def unload(self, digest: str) -> bool:
+        """Forget an adapter; see `Engine.unload`."""
+        self._check_ready()
+        return await asyncio.wrap_future(self._thread.call(lambda: self._thread.unload(digest)))
+
+    async def status(self) -> EngineStatus:
+        """Return residency and counters; see `Engine.status`."""
+        if not self.ready.is_set() and not self._thread.ended.is_set():
+            return EngineStatus(
+                ready=False,
+                device="",
+                base_models=[],
+                precision={},
+                adapters=[],
+                running=0,
+                waiting=0,
+                loads=0,
+                evictions=0,
+                load_failures=0,
+                prompt_tokens=0,
+                completion_tokens=0,
+                resident_bytes=0,
+            )
+        return await asyncio.wrap_future(self._thread.call(self._thread.status))
+
+    async def _submit(self, stream: _Stream) -> None:
+        self._check_ready()
+        try:
+            await asyncio.wrap_future(self._thread.call(lambda: self._thread.submit(stream.work)))
+            await stream.open()
+        except BaseException:
+            stream.cancel()
+            raise
+
+    def _check_ready(self) -> None:
+        if not self.ready.is_set():
+            raise Unavailable(
+                "the engine is starting"
+                if not self._thread.ended.is_set()
+                else "the engine has stopped",
+                code="engine_unavailable",
+                retry_after_seconds=2,
+            )
+
+
+class _Stream:
+    """The events of one request, from the engine thread to one event loop."""
+
+    def __init__(self, thread: EngineThread) -> None:
+        self._thread = thread
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Outcome] = asyncio.Queue()
+        self._ended = False
+        self.work: Work
+        self.first: Outcome | None = None
+
+    def deliver(self, outcome: Outcome) -> None:
+        """Take an outcome; called in the engine thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, outcome)
+        except RuntimeError:
+            # The loop is closed: nobody listens any more.
+            self.work.cancelled = True
+
+    def cancel(self) -> None:
+        """Have the engine forget the request, unless it has ended."""
+        if not self._ended:
+            self._ended = True
+            self._thread.call(lambda: self._thread.cancel(self.work))
+
+    async def open(self) -> None:
+        """Wait for the first outcome.
+
+        Raises:
+            TunesmithError: It is an error.
+        """
+        outcome = await self._queue.get()
+        if isinstance(outcome, TunesmithError):
+            self._ended = True
+            raise outcome
+        if isinstance(outcome, ResidentAdapter):
+            self._ended = True
+        self.first = outcome
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> EngineEvent:
+        outcome, self.first = self.first, None
+        if outcome is None:
+            if self._ended:
+                raise StopAsyncIteration
+            try:
+                outcome = await self._queue.get()
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        assert not isinstance(outcome, TunesmithError | ResidentAdapter)
+        if isinstance(outcome, Done | Failed):
+            self._ended = True
+        return outcome
+
+    async def aclose(self) -> None:
+        """Cancel the request unless it has ended."""
+        self.first = None
+        self.cancel()

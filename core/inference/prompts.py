@@ -1,0 +1,100 @@
+"""From a request to token ids: rendering, tokenising and fitting the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from core.data.rendering import encode_text, render_prompt
+from core.errors import InvalidInput
+from core.inference.engine import GenerateRequest, SamplingParams
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Token ids of a prompt, and how many tokens may follow."""
+
+    ids: list[int]
+    max_new_tokens: int
+
+
+class PromptEncoder:
+    """Encodes prompts for one base model with one chat template; used from any thread.
+
+    Args:
+        tokenizer: The tokenizer, whose template renders messages.
+        context_length: Tokens that prompt and answer may have together.
+    """
+
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+
+    def encode(self, request: GenerateRequest) -> EncodedPrompt:
+        """Return the request's prompt as token ids.
+
+        Raises:
+            InvalidInput: Code `prompt_required`, `empty_prompt`, `no_chat_template`,
+                `prompt_too_long` or `context_length_exceeded`.
+        """
+        if (request.prompt is None) == (request.messages is None):
+            raise InvalidInput(
+                "give either 'prompt' or 'messages'", code="prompt_required", field="prompt"
+            )
+        field = "prompt" if request.messages is None else "messages"
+        self._check_characters(request, field)
+        if request.messages is None:
+            ids = encode_text(request.prompt or "", self._tokenizer).ids
+        else:
+            messages = [message.model_dump() for message in request.messages]
+            ids = render_prompt(messages, self._tokenizer).ids
+        if not ids:
+            raise InvalidInput("the prompt is empty", code="empty_prompt", field=field)
+        return EncodedPrompt(ids, self._fit(len(ids), request.sampling, field))
+
+    def _fit(self, prompt_tokens: int, sampling: SamplingParams, field: str) -> int:
+        context = self._context_length
+        room = context - prompt_tokens
+        if room < 1:
+            raise self._too_long(f"{prompt_tokens:,}", field)
+        wanted = sampling.max_new_tokens
+        if "max_new_tokens" not in sampling.model_fields_set:
+            wanted = min(wanted, room)
+        if wanted > room:
+            raise InvalidInput(
+                f"{prompt_tokens:,} prompt tokens and {wanted:,} new tokens exceed the model's "
+                f"context of {context:,}",
+                code="context_length_exceeded",
+                field="max_new_tokens",
+                hint=f"Ask for at most {room:,} new tokens, or shorten the prompt.",
+            )
+        if sampling.min_new_tokens > wanted:
+            raise InvalidInput(
+                f"at least {sampling.min_new_tokens:,} new tokens are asked for, but only "
+                f"{wanted:,} are allowed",
+                code="min_new_tokens_too_large",
+                field="min_new_tokens",
+                hint="Lower min_new_tokens or raise max_new_tokens.",
+            )
+        return wanted
+
+    def _check_characters(self, request: GenerateRequest, field: str) -> None:
+        """Refuse what is too long by far before time is spent on tokenising it."""
+        texts = [message.content for message in request.messages or ()]
+        characters = len(request.prompt or "") + sum(map(len, texts))
+        if characters > (self._context_length + 1) * self._longest_token:
+            raise self._too_long(f"more than {self._context_length:,}", field)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self._tokenizer.get_vocab()))
+
+    def _too_long(self, tokens: str, field: str) -> InvalidInput:
+        return InvalidInput(
+            f"the prompt has {tokens} tokens; the model's context holds {self._context_length:,} "
+            "including at least one new token",
+            code="prompt_too_long",
+            field=field,
+            hint="Shorten the prompt, or use a model with a longer context.",
+        )

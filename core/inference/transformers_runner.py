@@ -1,0 +1,119 @@
+"""Base models in memory, computed by transformers and PEFT in float32.
+
+Owns loading and verifying base models, and which of them are there. The first runner of the engine:
+correct for any causal language model that transformers loads, fast for none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from core.artifacts import TOKENIZER_FILE, sha256_file, tree_digest
+from core.data.tokenizer import load_tokenizer
+from core.errors import Conflict
+from core.inference.adapter_bank import AdapterKey
+from core.inference.engine import AdapterRef, BaseModelRef
+from core.inference.gates import AdapterWeights, BaseFacts, read_adapter
+from core.inference.loaded_base import LoadedBase, linear_modules
+
+# For architectures that state no limit of their own.
+_UNLIMITED_CONTEXT = 1_000_000
+
+
+class TransformersRunner:
+    """The base models of one device.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        threads: Torch threads; 0 leaves torch's choice, all cores.
+    """
+
+    def __init__(self, device: str = "auto", threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.device = _resolve_device(device)
+        self.bases: dict[str, LoadedBase] = {}
+
+    def load_base(self, ref: BaseModelRef) -> LoadedBase:
+        """Read a base model from disk; safe from any thread.
+
+        Raises:
+            Conflict: Code `base_model_changed` or `base_model_unreadable`.
+        """
+        directory = Path(ref.path)
+        try:
+            digest = tree_digest(directory)
+        except OSError as error:
+            raise _unreadable(ref, error) from error
+        if digest != ref.digest:
+            raise Conflict(
+                f"the files of the base model {ref.name} have changed since it was registered",
+                code="base_model_changed",
+                hint="Restore them, or register the model again under a new name.",
+            )
+        tokenizer = load_tokenizer(directory)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError) as error:
+            raise _unreadable(ref, error) from error
+        model.to(self.device).eval().requires_grad_(False)
+        facts = BaseFacts(
+            digest=digest,
+            tokenizer_sha256=sha256_file(directory / TOKENIZER_FILE),
+            linear_modules=linear_modules(model),
+        )
+        return LoadedBase(
+            model, tokenizer, facts, _eos_ids(model, tokenizer), _context_length(model)
+        )
+
+    def read_adapter(self, base_digest: str, ref: AdapterRef) -> AdapterWeights:
+        """Read an adapter of a loaded base model from disk; safe from any thread.
+
+        Raises:
+            Conflict: See `core.inference.gates.read_adapter`.
+        """
+        return read_adapter(ref, self.bases[base_digest].facts)
+
+    def remove_adapter(self, key: AdapterKey) -> None:
+        """Take an adapter out of memory."""
+        self.bases[key.base_digest].remove(key.digest)
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    stated = [getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id]
+    ids: set[int] = set()
+    for value in stated:
+        ids.update(value if isinstance(value, list) else [value] if value is not None else [])
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return frozenset(token_id for token_id in ids if 0 <= token_id < vocabulary)
+
+
+def _context_length(model: Any) -> int:
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or _UNLIMITED_CONTEXT)
+
+
+def _unreadable(ref: BaseModelRef, error: Exception) -> Conflict:
+    return Conflict(
+        f"the base model {ref.name} cannot be loaded: {error}",
+        code="base_model_unreadable",
+        hint="Check the model's directory.",
+    )

@@ -1,0 +1,66 @@
+"""Jobs: the state machine of a fine-tuning run and everything that may happen to it.
+
+    validating → queued → running → succeeded | failed | cancelled
+
+`submission` and `views` serve the job's owner; `leases` and `sweep` serve workers, whose every
+write names the attempt it belongs to. Knows no queue: whoever commits a submission sends the
+wake-up. Knows no files but through the artifact store.
+"""
+
+from core.db.repositories.claims import Stage
+from core.jobs.leases import (
+    Claim,
+    cancelled,
+    claim,
+    fail,
+    heartbeat,
+    record,
+    release,
+    succeed,
+    validated,
+)
+from core.jobs.submission import cancel, delete, submit
+from core.jobs.sweep import (
+    attempt_lost,
+    forget_worker,
+    held_attempts,
+    list_workers,
+    register_worker,
+    sweep,
+)
+from core.jobs.updates import EventUpdate, MetricUpdate, ProgressUpdate, Update
+from core.jobs.views import events, get, list_jobs, metrics, report
+from core.reads import JobRead, Page
+
+__all__ = [
+    "Claim",
+    "EventUpdate",
+    "JobRead",
+    "MetricUpdate",
+    "Page",
+    "ProgressUpdate",
+    "Stage",
+    "Update",
+    "attempt_lost",
+    "cancel",
+    "cancelled",
+    "claim",
+    "delete",
+    "events",
+    "fail",
+    "forget_worker",
+    "get",
+    "heartbeat",
+    "held_attempts",
+    "list_jobs",
+    "list_workers",
+    "metrics",
+    "record",
+    "register_worker",
+    "release",
+    "report",
+    "submit",
+    "succeed",
+    "sweep",
+    "validated",
+]

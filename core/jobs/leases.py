@@ -1,0 +1,267 @@
+"""What a worker does with a job: claim it, keep the lease, report, and end it.
+
+A claim names an attempt. Every later write matches job, attempt, worker and status in the statement
+that writes, so a worker that was taken for dead changes nothing when it comes back (fencing).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+
+from core import registry
+from core.artifacts import Manifest
+from core.base_models import to_ref
+from core.db.models import Job, utc_now
+from core.db.repositories.base_models import BaseModelRepository
+from core.db.repositories.claims import ClaimRepository, Stage
+from core.db.repositories.datasets import find_by_id
+from core.db.repositories.history import Event, HistoryRepository
+from core.db.session import Database
+from core.errors import TunesmithError
+from core.inference.engine import BaseModelRef
+from core.jobs.updates import EventUpdate, MetricUpdate, ProgressUpdate, Update
+from core.specs import JobSpec
+from core.storage import ArtifactStore
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One attempt at one stage of a job, and what the work needs.
+
+    Attributes:
+        stage: `validate` is the dry run, `train` the training.
+        stop_requested: The owner has asked to cancel it already.
+    """
+
+    job_id: str
+    attempt: int
+    project_id: str
+    stage: Stage
+    spec: JobSpec
+    base: BaseModelRef
+    dataset_sha256: str
+    dataset_format: str
+    adapter_name: str
+    stop_requested: bool
+
+
+def claim(
+    database: Database, *, worker_id: str, stage: Stage, lease_seconds: float
+) -> Claim | None:
+    """Take the best waiting job for a stage: highest priority, then oldest.
+
+    Returns:
+        `None` when nothing waits.
+    """
+    while True:
+        with database.session(write=True) as session:
+            claims = ClaimRepository(session, worker_id)
+            job = claims.claim(stage, lease_seconds)
+            if job is None:
+                return None
+            opened = _open(session, job, stage)
+            if isinstance(opened, Claim):
+                return opened
+            # The job cannot be worked on at all; fail it instead of meeting it again for ever.
+            claims.end(job.id, job.attempt, stage, "failed", _failure(opened), error=opened)
+
+
+def heartbeat(database: Database, claim: Claim, worker_id: str, lease_seconds: float) -> bool:
+    """Extend the lease and tell whether the owner asked to cancel the job.
+
+    Raises:
+        LeaseLost: The worker holds that attempt no longer.
+    """
+    with database.session(write=True) as session:
+        claims = ClaimRepository(session, worker_id)
+        return claims.renew(
+            claim.job_id, claim.attempt, claim.stage, lease_seconds
+        ).cancel_requested
+
+
+def record(database: Database, claim: Claim, worker_id: str, updates: Sequence[Update]) -> None:
+    """Store events, measurements and progress in one transaction.
+
+    Raises:
+        LeaseLost: The worker holds that attempt no longer; nothing was stored.
+    """
+    if not updates:
+        return
+    events: list[Event] = []
+    progress: dict[str, Any] = {}
+    measured: dict[int, MetricUpdate] = {}
+    for update in updates:
+        match update:
+            case EventUpdate():
+                events.append((update.type, _storable(update.data)))
+            case ProgressUpdate():
+                progress |= _given(update)
+            case MetricUpdate():
+                earlier = measured.get(update.step, update)
+                measured[update.step] = replace(earlier, **_given(update))
+    with database.session(write=True) as session:
+        ClaimRepository(session, worker_id).write(
+            claim.job_id, claim.attempt, claim.stage, events, **progress
+        )
+        created_at = utc_now()
+        HistoryRepository(session).merge_metrics(
+            [
+                {"job_id": claim.job_id, "attempt": claim.attempt, "created_at": created_at}
+                | _storable(asdict(metric))
+                for metric in measured.values()
+            ]
+        )
+
+
+def validated(database: Database, claim: Claim, worker_id: str, report: dict[str, Any]) -> None:
+    """Pass a job whose dry run found no fault on to training; it waits as `queued`.
+
+    Raises:
+        LeaseLost: The worker holds that attempt no longer.
+    """
+    _hand_back(database, claim, worker_id, "queued", ("validated", _storable(report)))
+
+
+def release(database: Database, claim: Claim, worker_id: str) -> None:
+    """Give a job back unfinished, as a worker does that shuts down; it waits again.
+
+    Raises:
+        LeaseLost: The worker holds that attempt no longer.
+    """
+    status = "queued" if claim.stage == "train" else "validating"
+    _hand_back(database, claim, worker_id, status, ("released", {}))
+
+
+def fail(database: Database, claim: Claim, worker_id: str, error: dict[str, Any]) -> None:
+    """End a job with an error as `core.errors.to_wire` or `as_dict` encodes it.
+
+    Raises:
+        LeaseLost: The worker holds that attempt no longer.
+    """
+    shown = _storable({name: value for name, value in error.items() if name != "kind"})
+    with database.session(write=True) as session:
+        ClaimRepository(session, worker_id).end(
+            claim.job_id, claim.attempt, claim.stage, "failed", _failure(shown), error=shown
+        )
+
+
+def cancelled(database: Database, claim: Claim, worker_id: str) -> None:
+    """End a job as cancelled, once its work has stopped.
+
+    Raises:
+        LeaseLost: The worker holds that attempt no longer.
+    """
+    with database.session(write=True) as session:
+        ClaimRepository(session, worker_id).end(
+            claim.job_id, claim.attempt, claim.stage, "cancelled", ("cancelled", {})
+        )
+
+
+def succeed(
+    database: Database,
+    claim: Claim,
+    worker_id: str,
+    *,
+    manifest: Manifest,
+    bytes: int,  # noqa: A002 (named as the column it fills)
+    report: dict[str, Any],
+    provenance: dict[str, Any],
+    store: ArtifactStore,
+) -> None:
+    """Publish what a job trained: version, alias `latest` and success in one transaction.
+
+    Args:
+        database: Where.
+        claim: The attempt that trained it.
+        worker_id: Who holds the attempt.
+        manifest: Of the artifact, which the store holds already.
+        bytes: Size of the artifact's files.
+        report: The before/after report.
+        provenance: How it came about; not part of the digest.
+        store: Holds the artifact; publishing is refused if it was deleted meanwhile.
+
+    Raises:
+        LeaseLost: The worker holds that attempt no longer; nothing was published.
+        Unavailable: Code `artifact_gone`; store it and call again.
+    """
+    with database.session(write=True) as session:
+        claims = ClaimRepository(session, worker_id)
+        claims.write(claim.job_id, claim.attempt, claim.stage)
+        version = registry.publish(
+            session,
+            project_id=claim.project_id,
+            name=claim.adapter_name,
+            base_model=claim.base.name,
+            manifest=manifest,
+            bytes=bytes,
+            origin="job",
+            job_id=claim.job_id,
+            provenance=_storable(provenance),
+            store=store,
+        )
+        published = {
+            "adapter": claim.adapter_name,
+            "version": version.version,
+            "digest": version.digest,
+        }
+        claims.end(
+            claim.job_id,
+            claim.attempt,
+            claim.stage,
+            "succeeded",
+            ("succeeded", published),
+            version_id=version.id,
+            report=_storable(report),
+        )
+
+
+def _open(session: Session, job: Job, stage: Stage) -> Claim | dict[str, Any]:
+    dataset = find_by_id(session, job.dataset_id)
+    base = BaseModelRepository(session).find(job.base_model)
+    if dataset is None or base is None:
+        missing = "data set" if dataset is None else "base model"
+        error = TunesmithError(f"the job's {missing} is gone", code="input_missing")
+        return error.as_dict()
+    try:
+        spec = JobSpec.model_validate(job.spec)
+    except ValidationError as error:
+        return TunesmithError(f"the stored spec is invalid: {error}", code="invalid_spec").as_dict()
+    return Claim(
+        job_id=job.id,
+        attempt=job.attempt,
+        project_id=job.project_id,
+        stage=stage,
+        spec=spec,
+        base=to_ref(base),
+        dataset_sha256=dataset.sha256,
+        dataset_format=dataset.format,
+        adapter_name=job.adapter_name,
+        stop_requested=job.cancel_requested,
+    )
+
+
+def _hand_back(database: Database, claim: Claim, worker_id: str, status: str, event: Event) -> None:
+    with database.session(write=True) as session:
+        ClaimRepository(session, worker_id).hand_back(
+            claim.job_id, claim.attempt, claim.stage, status, event
+        )
+
+
+def _failure(error: dict[str, Any]) -> Event:
+    return "failed", {"error": error}
+
+
+def _given(update: MetricUpdate | ProgressUpdate) -> dict[str, Any]:
+    return {name: value for name, value in asdict(update).items() if value is not None}
+
+
+def _storable(data: dict[str, Any]) -> dict[str, Any]:
+    """Return `data` as a database takes JSON: NaN and infinities, which JSON has not, are null."""
+    plain: dict[str, Any] = json.loads(json.dumps(data), parse_constant=lambda _: None)
+    return plain

@@ -1,0 +1,215 @@
+"""What callers see of the stored objects, and the pages they come in."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from core.errors import InvalidInput
+from core.specs import JobSpec
+
+Item = TypeVar("Item")
+
+
+class _Read(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Page(_Read, Generic[Item]):
+    """One page of a list; `next_cursor` is `None` on the last."""
+
+    data: list[Item]
+    next_cursor: str | None = None
+
+
+class Progress(_Read):
+    """How far a job is.
+
+    Attributes:
+        stage: What the pipeline does at present.
+        step: Optimizer steps done.
+        percent: From 0 to 100; `None` while the number of steps is unknown.
+        eta_seconds: Estimate until the end of training.
+        queue_position: Jobs that start before this one; only for a queued job read by itself.
+        trained_tokens: Tokens the loss was computed on.
+    """
+
+    stage: str | None = None
+    step: int = 0
+    total_steps: int | None = None
+    percent: float | None = None
+    eta_seconds: float | None = None
+    queue_position: int | None = None
+    trained_tokens: int = 0
+
+
+class VersionName(_Read):
+    """Which adapter version a job published."""
+
+    name: str
+    version: int
+    digest: str
+
+
+class JobRead(_Read):
+    """A job as its owner sees it."""
+
+    id: str
+    status: str = Field(description="validating, queued, running, succeeded, failed or cancelled.")
+    adapter: str
+    base_model: str
+    dataset: str
+    spec: JobSpec
+    priority: int
+    attempt: int
+    cancel_requested: bool
+    progress: Progress
+    error: dict[str, Any] | None
+    version: VersionName | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    metadata: dict[str, str]
+
+
+class EventRead(_Read):
+    """One entry of a job's history; `id` counts from 1 without gaps."""
+
+    id: int
+    attempt: int
+    type: str
+    data: dict[str, Any]
+    created_at: datetime
+
+
+class MetricRead(_Read):
+    """Measurements of one logging step."""
+
+    attempt: int
+    step: int
+    epoch: float | None
+    loss: float | None
+    eval_loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_second: float | None
+    created_at: datetime
+
+
+class WorkerRead(_Read):
+    """A worker process and what it works on."""
+
+    id: str
+    queue: str
+    host: str
+    pid: int
+    job_id: str | None
+    seconds_since_heartbeat: float
+
+
+class DatasetRead(_Read):
+    """An uploaded data set."""
+
+    id: str
+    filename: str
+    format: str
+    rows: int
+    bytes: int
+    sha256: str
+    report: dict[str, Any]
+    created_at: datetime
+
+
+class AdapterRead(_Read):
+    """An adapter's name with what it points at.
+
+    Attributes:
+        aliases: Alias → version number.
+        latest: The version that a bare name means; `None` when `latest` was removed.
+        versions: How many versions exist.
+    """
+
+    name: str
+    base_model: str | None
+    latest: int | None
+    aliases: dict[str, int]
+    versions: int
+    created_at: datetime
+
+
+class VersionRead(_Read):
+    """One immutable build of an adapter."""
+
+    adapter: str
+    version: int
+    digest: str
+    bytes: int
+    base_model: str
+    base_digest: str
+    origin: str
+    job_id: str | None
+    aliases: list[str]
+    manifest: dict[str, Any]
+    provenance: dict[str, Any]
+    created_at: datetime
+
+
+class BaseModelRead(_Read):
+    """A base model that the service may train and serve."""
+
+    name: str
+    digest: str
+    source: str = Field(description="`hf:ID@REVISION`, `gguf` or `local`.")
+    architecture: str
+    parameters: int
+    context_length: int
+    dtype: str
+    chat_template: bool
+    bytes: int
+    created_at: datetime
+
+
+class ApiKeyRead(_Read):
+    """An API key without its secret."""
+
+    id: str
+    project: str
+    name: str
+    scopes: list[str]
+    created_at: datetime
+    revoked_at: datetime | None
+
+
+def encode_cursor(position: str) -> str:
+    """Return the opaque form of a list position."""
+    return base64.urlsafe_b64encode(position.encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str) -> str:
+    """Return the position that `encode_cursor` made opaque.
+
+    Raises:
+        InvalidInput: Code `invalid_cursor`.
+    """
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        position = raw.decode("ascii")
+    except (binascii.Error, ValueError) as error:
+        raise invalid_cursor() from error
+    if not position.isprintable():
+        raise invalid_cursor()
+    return position
+
+
+def invalid_cursor() -> InvalidInput:
+    """Return the error for a cursor that no list gave out."""
+    return InvalidInput(
+        "the cursor is not one that a list answered with",
+        code="invalid_cursor",
+        field="cursor",
+        hint="Take next_cursor of the page before, or leave it out to start at the newest.",
+    )

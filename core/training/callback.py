@@ -1,0 +1,103 @@
+"""Tells the monitor how training goes, and stops it on request."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from transformers import TrainerCallback
+
+from core.training.monitor import Monitor
+
+# The remaining time is judged by this many last steps.
+_RATE_WINDOW = 30
+
+
+class MonitorCallback(TrainerCallback):  # type: ignore[misc]
+    """Sends progress each step and measurements each logging step; raises `Stopped` on request.
+
+    Args:
+        monitor: Hears the events.
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._step_ends: deque[float] = deque(maxlen=_RATE_WINDOW + 1)
+        self._logged_at = 0.0
+        self._logged_tokens = 0
+        self.trainer: Any = None
+        self.last_loss: float | None = None
+        # Step and value of the last evaluation.
+        self.last_evaluation: tuple[int, float] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clocks and report the number of steps."""
+        now = time.monotonic()
+        self._step_ends.append(now)
+        self._logged_at = now
+        self._send_progress(state)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop between the batches of an accumulated step, whose gradients are not needed."""
+        self._monitor.check_stop()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report progress."""
+        self._step_ends.append(time.monotonic())
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        self._send_progress(state)
+        self._monitor.check_stop()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop between the batches of an evaluation."""
+        self._monitor.check_stop()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Report measurements; values of one step may come in two events."""
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self.last_evaluation = (state.global_step, float(logs["eval_loss"]))
+            self._monitor.send(
+                "metric", step=state.global_step, epoch=state.epoch, eval_loss=logs["eval_loss"]
+            )
+            # Evaluation is no training time.
+            self._logged_at = time.monotonic()
+        if "loss" not in logs:
+            return
+        now, tokens = time.monotonic(), self.trainer.seen_tokens
+        seconds = now - self._logged_at
+        rate = (tokens - self._logged_tokens) / seconds if seconds > 0 else None
+        self._logged_at, self._logged_tokens = now, tokens
+        self.last_loss = float(logs["loss"])
+        self._monitor.send(
+            "metric",
+            step=state.global_step,
+            epoch=state.epoch,
+            loss=self.last_loss,
+            learning_rate=logs.get("learning_rate"),
+            grad_norm=_as_float(logs.get("grad_norm")),
+            tokens_per_second=rate,
+        )
+
+    def _send_progress(self, state: Any) -> None:
+        intervals = len(self._step_ends) - 1
+        remaining = state.max_steps - state.global_step
+        eta_seconds = None
+        if intervals > 0:
+            eta_seconds = remaining * (self._step_ends[-1] - self._step_ends[0]) / intervals
+        self._monitor.send(
+            "progress",
+            stage="train",
+            step=state.global_step,
+            total_steps=state.max_steps,
+            eta_seconds=eta_seconds,
+            trained_tokens=self.trainer.seen_tokens,
+        )
+
+
+def _as_float(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,1 @@
+"""The engine process: an inference engine behind HTTP on a private socket."""

@@ -1,0 +1,99 @@
+"""`python -m engine`: listen first, then load the model libraries, then answer."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from core.config import Settings
+from core.errors import TunesmithError
+from core.inference.local_engine import LocalEngine
+from core.lifeline import exit_with_parent
+from core.logging import configure, get_logger
+from engine.listening import open_listener
+from engine.server import create_app
+
+if TYPE_CHECKING:
+    from core.inference.transformers_runner import TransformersRunner
+
+log = get_logger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run an engine until SIGTERM or SIGINT; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
+    parser.add_argument(
+        "--listen", metavar="ADDRESS", help="unix:PATH or http://HOST:PORT; the local socket"
+    )
+    options = parser.parse_args(arguments)
+    settings = Settings()
+    configure(settings, "engine")
+    exit_with_parent(settings.grace_seconds)
+
+    address = options.listen or f"unix:{settings.engine_socket}"
+    secret = settings.engine_secret.get_secret_value()
+    try:
+        listener = open_listener(address, secret=secret)
+    except TunesmithError as error:
+        log.error("engine_cannot_listen", message=error.message, hint=error.hint)
+        return 1
+    log.info("engine_listening", address=address)
+    over_tcp = listener.family != socket.AF_UNIX
+    return _serve(settings, listener, secret if over_tcp else None)
+
+
+def _serve(settings: Settings, listener: socket.socket, secret: str | None) -> int:
+    crashed = False
+
+    def on_crash() -> None:
+        nonlocal crashed
+        crashed = True
+        server.should_exit = True
+
+    engine = LocalEngine(
+        lambda: _make_runner(settings),
+        max_adapters=settings.engine_max_adapters,
+        max_waiting=settings.engine_max_waiting,
+        on_crash=on_crash,
+    )
+    config = uvicorn.Config(
+        create_app(engine, secret),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=max(1, int(settings.grace_seconds / 2)),
+    )
+    server = uvicorn.Server(config)
+
+    def stop_serving(signum: int, frame: object) -> None:
+        server.should_exit = True
+
+    # Uvicorn has its own handlers while it serves, and raises what it caught again afterwards.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop_serving)
+    engine.start()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        engine.stop()
+    return 1 if crashed else 0
+
+
+def _make_runner(settings: Settings) -> TransformersRunner:
+    # Imported here, in the engine thread: the process answers its status in the meantime.
+    from core.data.quiet import silence_libraries
+
+    silence_libraries()
+    from core.inference.transformers_runner import TransformersRunner
+
+    return TransformersRunner(settings.device, settings.engine_threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

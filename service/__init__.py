@@ -1,0 +1,1 @@
+"""The HTTP service: routes, authentication, problem documents and metrics above `core`."""

@@ -1,0 +1,294 @@
+"""Engines in other processes: a client of one, and a pool that picks among several.
+
+Owns the client's end of the engine's wire format; `engine/server.py` is the other. Knows no torch
+and no database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import httpx2
+from pydantic import TypeAdapter, ValidationError
+
+from core.config import Settings
+from core.errors import TunesmithError, Unavailable, from_wire, to_wire
+from core.inference.engine import (
+    ENGINE_SECRET_HEADER,
+    AdapterRef,
+    BaseModelRef,
+    Done,
+    Engine,
+    EngineEvent,
+    EngineStatus,
+    EventStream,
+    Failed,
+    GenerateRequest,
+    LoadRequest,
+    ResidentAdapter,
+    parse_engine_address,
+)
+
+_CONNECT_SECONDS = 5.0
+_STATUS_SECONDS = 10.0
+# Less than the engine's, so that it does not close a connection just as a request is sent on it.
+_KEEPALIVE_SECONDS = 2.0
+# Admission is the engine's business; connections are only bounded against a run-away.
+_MAX_CONNECTIONS = 1024
+
+_EVENT: TypeAdapter[EngineEvent] = TypeAdapter(EngineEvent)
+
+T = TypeVar("T")
+
+
+class RemoteEngine:
+    """Speaks to the engine process at one address; see `core.inference.engine.Engine`.
+
+    Args:
+        address: `unix:PATH` or `http://HOST:PORT`.
+        secret: The shared secret of an engine that listens on TCP.
+        timeout_seconds: Longest silence of the engine while it works on a request.
+    """
+
+    def __init__(self, address: str, *, secret: str = "", timeout_seconds: float = 600.0) -> None:
+        self.address = address
+        where = parse_engine_address(address)
+        uds = str(where) if isinstance(where, Path) else None
+        limits = httpx2.Limits(
+            max_connections=_MAX_CONNECTIONS, keepalive_expiry=_KEEPALIVE_SECONDS
+        )
+        self._client = httpx2.AsyncClient(
+            transport=httpx2.AsyncHTTPTransport(uds=uds, limits=limits),
+            base_url="http://engine" if uds else address,
+            headers={ENGINE_SECRET_HEADER: secret} if secret else None,
+            timeout=httpx2.Timeout(timeout_seconds, connect=_CONNECT_SECONDS),
+            trust_env=False,
+        )
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def generate(self, request: GenerateRequest) -> EventStream:
+        """Start a request; see `Engine.generate`."""
+        # Unset fields stay unset: the engine fits a default `max_new_tokens` to the context.
+        body = request.model_dump_json(exclude_unset=True)
+        async with self._translated():
+            sent = self._client.build_request("POST", "/generate", content=body)
+            response = await self._client.send(sent, stream=True)
+            if response.status_code != 200:
+                try:
+                    raise _error_of(response.status_code, await response.aread())
+                finally:
+                    await response.aclose()
+        return _RemoteStream(response)
+
+    async def load(self, base_model: BaseModelRef, adapter: AdapterRef) -> ResidentAdapter:
+        """Make an adapter resident; see `Engine.load`."""
+        wanted = LoadRequest(base_model=base_model, adapter=adapter)
+        body = await self._call("POST", "/adapters", content=wanted.model_dump_json())
+        return ResidentAdapter.model_validate_json(body)
+
+    async def unload(self, digest: str) -> bool:
+        """Forget an adapter; see `Engine.unload`."""
+        body = await self._call("DELETE", f"/adapters/{digest}")
+        return bool(json.loads(body)["unloaded"])
+
+    async def status(self) -> EngineStatus:
+        """Return residency and counters; see `Engine.status`."""
+        body = await self._call("GET", "/status", timeout=_STATUS_SECONDS)
+        return EngineStatus.model_validate_json(body)
+
+    async def _call(self, method: str, path: str, **options: Any) -> bytes:
+        async with self._translated():
+            response = await self._client.request(method, path, **options)
+            if response.status_code != 200:
+                raise _error_of(response.status_code, response.content)
+            return response.content
+
+    @asynccontextmanager
+    async def _translated(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except httpx2.TransportError as error:
+            raise Unavailable(
+                "the engine cannot be reached",
+                code="engine_unavailable",
+                hint="It may be starting; send the request again a little later.",
+            ) from error
+
+
+class _RemoteStream:
+    """The events of one request, line by line from an open response."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        self._response = response
+        self._chunks = response.aiter_bytes()
+        self._pending = bytearray()
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> EngineEvent:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            event = _EVENT.validate_json(await self._line())
+        except (httpx2.TransportError, httpx2.StreamError, ValidationError, EOFError):
+            event = Failed(
+                error=to_wire(
+                    Unavailable(
+                        "the engine was lost while it answered",
+                        code="engine_lost",
+                        hint="Send the request again.",
+                    )
+                )
+            )
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if isinstance(event, Done | Failed):
+            await self.aclose()
+        return event
+
+    async def aclose(self) -> None:
+        """Cancel the request unless it has ended."""
+        self._ended = True
+        await self._response.aclose()
+
+    async def _line(self) -> bytes:
+        # By bytes: what httpx calls lines also ends at characters that occur inside JSON strings.
+        while (end := self._pending.find(b"\n")) < 0:
+            try:
+                self._pending += await anext(self._chunks)
+            except StopAsyncIteration:
+                raise EOFError from None
+        line = bytes(self._pending[:end])
+        del self._pending[: end + 1]
+        return line
+
+
+class EnginePool:
+    """Several engines as one: an adapter has its engine, so that it stays warm there.
+
+    The engine of an adapter is the one with the highest hash of (address, digest), rendezvous
+    hashing (Thaler & Ravishankar, 1998): when an engine comes or goes, only its share moves. An
+    engine that cannot be reached is passed over. Requests for the base model are spread evenly.
+
+    Args:
+        engines: By address, at least one.
+    """
+
+    def __init__(self, engines: dict[str, Engine]) -> None:
+        if not engines:
+            raise ValueError("a pool needs an engine")
+        self.engines = engines
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """Return a pool of the configured engines."""
+        return cls(
+            {
+                address: RemoteEngine(
+                    address,
+                    secret=settings.engine_secret.get_secret_value(),
+                    timeout_seconds=settings.generate_timeout_seconds,
+                )
+                for address in settings.engine_addresses
+            }
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections to all engines."""
+        for engine in self.engines.values():
+            if isinstance(engine, RemoteEngine):
+                await engine.aclose()
+
+    async def generate(self, request: GenerateRequest) -> EventStream:
+        """Start a request on the best engine that can be reached; see `Engine.generate`."""
+        key = request.adapter.digest if request.adapter else request.request_id
+        return await self._first_reachable(key, lambda engine: engine.generate(request))
+
+    async def load(self, base_model: BaseModelRef, adapter: AdapterRef) -> ResidentAdapter:
+        """Make an adapter resident where its requests will go; see `Engine.load`."""
+        return await self._first_reachable(
+            adapter.digest, lambda engine: engine.load(base_model, adapter)
+        )
+
+    async def unload(self, digest: str) -> bool:
+        """Forget an adapter everywhere; see `Engine.unload`. Engines out of reach are left out."""
+        outcomes = await self._ask_all(lambda engine: engine.unload(digest))
+        return any(outcomes)
+
+    async def status(self) -> EngineStatus:
+        """Return the sum over the engines that can be reached; see `Engine.status`."""
+        return _sum(await self._ask_all(lambda engine: engine.status()))
+
+    def ranked(self, key: str) -> list[str]:
+        """Return all addresses, the best one for `key` first."""
+        return sorted(self.engines, key=lambda address: _weight(address, key), reverse=True)
+
+    async def _first_reachable(self, key: str, ask: Callable[[Engine], Awaitable[T]]) -> T:
+        *better, last = self.ranked(key)
+        for address in better:
+            try:
+                return await ask(self.engines[address])
+            except Unavailable as error:
+                if error.code != "engine_unavailable":
+                    raise
+        return await ask(self.engines[last])
+
+    async def _ask_all(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
+        async def outcome(engine: Engine) -> T | Unavailable:
+            try:
+                return await ask(engine)
+            except Unavailable as error:
+                return error
+
+        outcomes = await asyncio.gather(*(outcome(engine) for engine in self.engines.values()))
+        answers = [answer for answer in outcomes if not isinstance(answer, Unavailable)]
+        if not answers:
+            raise next(answer for answer in outcomes if isinstance(answer, Unavailable))
+        return answers
+
+
+def _weight(address: str, key: str) -> bytes:
+    return hashlib.sha256(f"{address}\n{key}".encode()).digest()
+
+
+def _sum(statuses: Sequence[EngineStatus]) -> EngineStatus:
+    precision: dict[str, str] = {}
+    for status in statuses:
+        precision |= status.precision
+    return EngineStatus(
+        ready=any(status.ready for status in statuses),
+        device=", ".join(sorted({status.device for status in statuses if status.ready})),
+        base_models=sorted({digest for status in statuses for digest in status.base_models}),
+        precision=precision,
+        adapters=[adapter for status in statuses for adapter in status.adapters],
+        running=sum(status.running for status in statuses),
+        waiting=sum(status.waiting for status in statuses),
+        loads=sum(status.loads for status in statuses),
+        evictions=sum(status.evictions for status in statuses),
+        load_failures=sum(status.load_failures for status in statuses),
+        prompt_tokens=sum(status.prompt_tokens for status in statuses),
+        completion_tokens=sum(status.completion_tokens for status in statuses),
+        resident_bytes=sum(status.resident_bytes for status in statuses),
+    )
+
+
+def _error_of(status_code: int, body: bytes) -> TunesmithError:
+    try:
+        members = json.loads(body)
+        return from_wire(members)
+    except (ValueError, AttributeError):
+        return TunesmithError(
+            f"the engine answered with status {status_code}", code="internal_error"
+        )

@@ -1,0 +1,200 @@
+"""Jobs: submit, watch, cancel, remove."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response, status
+
+from core import jobs
+from core.reads import EventRead, JobRead, MetricRead, Page
+from core.specs import JobSpec
+from service import job_feeds
+from service.auth import Reader, Trainer
+from service.deps import CheckedBody, Cursor, Limit, ReadSession, ServicesDep, WriteSession
+from service.openapi import problems
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+_SPEC_EXAMPLES: dict[str, Any] = {
+    "least": {"value": {"base_model": "smollm2-135m-instruct", "dataset": "file-01k9…"}},
+    "usual": {
+        "value": {
+            "base_model": "smollm2-135m-instruct",
+            "dataset": "file-01k9…",
+            "adapter": "support-bot",
+            "lora": {"r": 16, "alpha": 32},
+            "training": {"epochs": 3, "batch_size": 2, "learning_rate": 2e-4, "seed": 7},
+            "data": {"validation_fraction": 0.1},
+            "metadata": {"team": "support"},
+        }
+    },
+}
+
+JobStatus = Literal["validating", "queued", "running", "succeeded", "failed", "cancelled"]
+
+
+@router.post(
+    "",
+    status_code=status.HTTP_202_ACCEPTED,
+    summary="Start a fine-tuning job",
+    dependencies=[CheckedBody],
+    responses=problems(400, 401, 403, 409, 413, 422),
+)
+def submit_job(
+    spec: Annotated[JobSpec, Body(openapi_examples=_SPEC_EXAMPLES)],
+    response: Response,
+    background: BackgroundTasks,
+    services: ServicesDep,
+    session: WriteSession,
+    principal: Trainer,
+    idempotency_key: Annotated[
+        str | None,
+        Header(description="The same key with the same body answers with the same job."),
+    ] = None,
+) -> JobRead:
+    """Accept a job; it is validated first, then queued, then trained.
+
+    With an `Idempotency-Key` a repeated request starts nothing new: the same body answers with the
+    first job, another body is refused with `idempotency_key_reused`.
+    """
+    job, created = jobs.submit(
+        session,
+        principal,
+        spec,
+        settings=services.settings,
+        idempotency_key=idempotency_key,
+        store=services.store,
+    )
+    if created:
+        # Runs when the answer has left, hence after the commit.
+        background.add_task(services.queue.wake, "light")
+    response.headers["Location"] = f"/jobs/{job.id}"
+    return job
+
+
+@router.get("", summary="List jobs", responses=problems(401, 403, 422))
+def list_jobs(
+    session: ReadSession,
+    principal: Reader,
+    status: Annotated[JobStatus | None, Query(description="Only jobs in this status.")] = None,
+    adapter: Annotated[str | None, Query(max_length=128, description="Adapter name.")] = None,
+    base_model: Annotated[str | None, Query(max_length=128, description="Base model.")] = None,
+    cursor: Cursor = None,
+    limit: Limit = 50,
+) -> Page[JobRead]:
+    """Return jobs, newest first."""
+    return jobs.list_jobs(
+        session,
+        principal,
+        status=status,
+        adapter=adapter,
+        base_model=base_model,
+        cursor=cursor,
+        limit=limit,
+    )
+
+
+@router.get("/{job_id}", summary="Read a job", responses=problems(401, 403, 404))
+def get_job(job_id: str, session: ReadSession, principal: Reader) -> JobRead:
+    """Return a job's status, progress and error."""
+    return jobs.get(session, principal, job_id)
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="Read or follow a job's events",
+    response_model=Page[EventRead],
+    responses={
+        **problems(401, 403, 404, 422),
+        200: {
+            "description": "A page, or with `Accept: text/event-stream` a live stream.",
+            "content": {
+                "text/event-stream": {
+                    "example": 'event: queued\ndata: {"id":2,"type":"queued"}\nid: 2\n\n'
+                }
+            },
+        },
+        204: {"description": "The stream has ended and there is nothing after Last-Event-ID."},
+    },
+)
+def job_events(
+    job_id: str,
+    request: Request,
+    services: ServicesDep,
+    principal: Reader,
+    after: Annotated[
+        int, Query(ge=0, le=2**31 - 1, description="Only events with a larger id.")
+    ] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Events per page.")] = 100,
+    last_event_id: Annotated[
+        str | None, Header(description="Where a broken stream goes on.")
+    ] = None,
+) -> Any:
+    """Return events as a JSON page, or follow them live.
+
+    With `Accept: text/event-stream` the events come as they happen and the stream ends after the
+    terminal one. Event ids are sequence numbers; a client that lost its connection sends the last
+    one as `Last-Event-ID` and misses nothing.
+    """
+    if job_feeds.wants_stream(request.headers.get("accept")):
+        return job_feeds.follow(services, principal, job_id, after, last_event_id)
+    return job_feeds.event_page(services, principal, job_id, after, limit)
+
+
+@router.get(
+    "/{job_id}/metrics",
+    summary="Read a job's metrics",
+    response_model=Page[MetricRead],
+    responses={
+        **problems(401, 403, 404, 422),
+        200: {
+            "description": "A page, or CSV by `Accept: text/csv` or `?format=csv`.",
+            "content": {"text/csv": {"example": "attempt,step,epoch,loss\n1,1,0.1,2.31\n"}},
+        },
+    },
+)
+def job_metrics(
+    job_id: str,
+    request: Request,
+    services: ServicesDep,
+    principal: Reader,
+    format: Annotated[  # noqa: A002
+        Literal["json", "csv"] | None, Query(description="Overrides the Accept header.")
+    ] = None,
+    attempt: Annotated[int | None, Query(ge=0, le=2**31 - 1, description="One attempt.")] = None,
+    cursor: Cursor = None,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Rows per page.")] = 1000,
+) -> Any:
+    """Return loss, learning rate, gradient norm and speed by step; CSV holds all rows."""
+    if format == "csv" or (format is None and job_feeds.wants_csv(request.headers.get("accept"))):
+        return job_feeds.metrics_csv(services, principal, job_id, attempt)
+    return job_feeds.metrics_page(services, principal, job_id, attempt, cursor, limit)
+
+
+@router.get("/{job_id}/report", summary="Read a job's report", responses=problems(401, 403, 404))
+def job_report(job_id: str, session: ReadSession, principal: Reader) -> dict[str, Any]:
+    """Return what validation found and, when the job has succeeded, answers before and after."""
+    return jobs.report(session, principal, job_id)
+
+
+@router.post(
+    "/{job_id}/cancel",
+    status_code=status.HTTP_202_ACCEPTED,
+    summary="Cancel a job",
+    responses=problems(401, 403, 404, 409),
+)
+def cancel_job(job_id: str, session: WriteSession, principal: Trainer) -> JobRead:
+    """End a waiting job at once; ask a running one to stop at its next step."""
+    return jobs.cancel(session, principal, job_id)
+
+
+@router.delete(
+    "/{job_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    summary="Delete a finished job",
+    responses=problems(401, 403, 404, 409),
+)
+def delete_job(job_id: str, session: WriteSession, principal: Trainer) -> None:
+    """Remove an ended job with its events and metrics; what it published stays."""
+    jobs.delete(session, principal, job_id)

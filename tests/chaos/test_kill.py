@@ -1,0 +1,110 @@
+"""SIGKILL of every part in turn while a job runs: the job ends or goes on, no process is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+
+from tests.support.polling import wait_until
+from tests.support.service import RunningService, chat_rows
+from tests.support.tiny_model import make_tiny_model
+
+LONG_JOB: dict[str, Any] = {
+    "base_model": "tiny",
+    "rows": chat_rows(16),
+    "training": {"max_steps": 250, "learning_rate": 1e-3},
+    "evaluation": {"samples": 0},
+}
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[RunningService]:
+    make_tiny_model(tmp_path / "tiny", seed=0)
+    running = RunningService(
+        tmp_path / "data",
+        {"tiny": tmp_path / "tiny"},
+        {
+            "TUNESMITH_LEASE_SECONDS": "4",
+            "TUNESMITH_IDLE_POLL_SECONDS": "1",
+            "TUNESMITH_GRACE_SECONDS": "5",
+        },
+    )
+    try:
+        yield running
+    finally:
+        running.kill_everything()
+
+
+def start_job(service: RunningService) -> str:
+    job = service.submit(LONG_JOB)
+    service.wait_for(job["id"], lambda seen: seen["progress"]["step"] > 5, 90)
+    return str(job["id"])
+
+
+def assert_one_version_that_answers(service: RunningService, job: dict[str, Any]) -> None:
+    assert job["status"] == "succeeded", job
+    adapter = job["version"]["name"]
+    versions = service.client.get(f"/adapters/{adapter}").json()["versions"]
+    assert [version["version"] for version in versions] == [1]
+
+    def answers() -> bool:
+        reply = service.client.post(
+            "/generate", params={"adapter": adapter}, json={"prompt": "item", "max_new_tokens": 4}
+        )
+        assert reply.status_code in {200, 503}, reply.text
+        if reply.status_code == 503:
+            assert int(reply.headers["retry-after"]) >= 1
+            return False
+        return bool(reply.json()["adapter"]["digest"] == job["version"]["digest"])
+
+    wait_until(answers, 60, "the adapter does not answer")
+
+
+@pytest.mark.parametrize("role", ["trainer", "train", "engine", "api", "light"])
+def test_a_killed_part_is_replaced_and_the_job_still_makes_one_version(
+    service: RunningService, role: str
+) -> None:
+    job_id = start_job(service)
+    before = service.processes()
+    victim = before[role]
+    victim.kill()
+    job = service.finish(job_id, 120)
+    assert_one_version_that_answers(service, job)
+
+    restarted = {"train": ["train", "trainer"]}.get(role, [role])
+    wait_until(
+        lambda: all(
+            name in service.processes() and service.processes()[name].pid != before[name].pid
+            for name in restarted
+        ),
+        60,
+        "the killed part was not replaced",
+    )
+    lost_attempt = role in {"trainer", "train"}
+    assert (job["attempt"] > 2) == lost_attempt  # one attempt to validate, one to train
+    pids = [process.pid for process in service.processes().values()]
+    assert service.stop() == 0
+    assert [pid for pid in pids if psutil.pid_exists(pid)] == []
+
+
+def test_a_killed_supervisor_takes_everything_along_and_the_job_goes_on_after_a_restart(
+    service: RunningService,
+) -> None:
+    job_id = start_job(service)
+    processes = list(service.processes().values())
+    assert {"trainer"} <= set(service.processes())
+    service.supervisor.kill()
+    service.supervisor.wait(10)
+    psutil.wait_procs(processes, timeout=20)
+    assert [process.cmdline() for process in processes if process.is_running()] == []
+    with pytest.raises(httpx2.TransportError):
+        service.client.get("/healthz")
+
+    service.start()
+    assert_one_version_that_answers(service, service.finish(job_id, 120))
+    assert service.stop() == 0

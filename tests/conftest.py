@@ -1,0 +1,104 @@
+"""Fixtures that every kind of test shares: settings, store, and real databases."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import migrations
+from core.auth import LOCAL, Principal
+from core.config import Settings
+from core.db.session import Database
+from core.storage import LocalStore
+from tests.support.databases import PostgresServer, running_postgres, running_redis
+
+
+@pytest.fixture(autouse=True)
+def _default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the settings of whoever runs the tests out of them."""
+    for name in ("DATABASE_URL", "BROKER_URL", "ENGINE_URLS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"TUNESMITH_{name.upper()}", raising=False)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Defaults with a data directory of the test's own."""
+    return Settings(data_dir=tmp_path / "data")
+
+
+@pytest.fixture
+def store(settings: Settings) -> LocalStore:
+    """An empty artifact store in the data directory."""
+    return LocalStore(settings.root)
+
+
+@pytest.fixture
+def principal() -> Principal:
+    """The local user of project `default`."""
+    return LOCAL
+
+
+@pytest.fixture(scope="session")
+def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sqlite") / "template.db"
+    migrations.upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def sqlite_database(settings: Settings, _sqlite_template: Path) -> Iterator[Database]:
+    """A migrated SQLite database where the settings look for it."""
+    settings.root.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_sqlite_template, settings.root / "tunesmith.db")
+    database = Database(settings.resolved_database_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One Postgres server for all tests; take `postgres_url` for a database of your own."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> str:
+    """A migrated Postgres database without rows; mark the test `postgres`."""
+    return postgres_server.migrated_database()
+
+
+@pytest.fixture
+def postgres_database(postgres_url: str) -> Iterator[Database]:
+    """A migrated Postgres database without rows; mark the test `postgres`."""
+    database = Database(postgres_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def database(request: pytest.FixtureRequest) -> Database:
+    """A migrated database without rows, once on SQLite and once on Postgres."""
+    chosen: Database = request.getfixturevalue(f"{request.param}_database")
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def _redis_server() -> Iterator[str]:
+    with running_redis() as url:
+        yield url
+
+
+@pytest.fixture
+def redis_url(_redis_server: str) -> str:
+    """An empty Redis; mark the test `redis`."""
+    import redis
+
+    with redis.Redis.from_url(_redis_server) as client:
+        client.flushall()
+    return _redis_server

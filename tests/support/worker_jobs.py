@@ -1,0 +1,124 @@
+"""Jobs for a worker whose child is a small program of `tests.support.children`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import migrations
+from core import jobs
+from core.config import Settings
+from core.db.models import BaseModel
+from core.db.session import Database
+from core.principal import LOCAL
+from core.reads import JobRead
+from core.specs import JobSpec
+from core.storage import LocalStore
+from tests.support.children import MODULE, child_argv, environment
+from tests.support.polling import wait_until
+from worker.child import ChildProcess
+from worker.runner import Runner
+from worker.training import TrainStage
+
+BASE_DIGEST = "b" * 64
+ROWS = [{"prompt": f"question {number}", "completion": "answer"} for number in range(3)]
+
+
+class JobBench:
+    """A migrated SQLite database with a base model, and the means to run jobs in it.
+
+    Args:
+        root: The data directory.
+        settings: Further settings.
+    """
+
+    def __init__(self, root: Path, **settings: Any) -> None:
+        quick = {"lease_seconds": 5, "idle_poll_seconds": 0.3, "grace_seconds": 5} | settings
+        self.settings = Settings(data_dir=root, **quick)
+        migrations.upgrade(self.settings.resolved_database_url)
+        self.database = Database(self.settings.resolved_database_url)
+        self.store = LocalStore(self.settings.root)
+        self._runners: list[Runner] = []
+        with self.database.session(write=True) as session:
+            session.add(
+                BaseModel(
+                    name="tiny",
+                    source="local",
+                    path=str(root),
+                    digest=BASE_DIGEST,
+                    description={"linear_modules": {MODULE: [2, 2]}},
+                )
+            )
+
+    def submit(self, *, validated: bool = True) -> str:
+        """Submit a job and return its id; it waits for training unless not `validated`."""
+        spec = JobSpec(base_model="tiny", rows=ROWS)
+        with self.database.session(write=True) as session:
+            job, _ = jobs.submit(session, LOCAL, spec, settings=self.settings, store=self.store)
+        if validated:
+            claim = jobs.claim(
+                self.database, worker_id="validator", stage="validate", lease_seconds=60
+            )
+            assert claim is not None
+            assert claim.job_id == job.id
+            jobs.validated(self.database, claim, "validator", {"rows": len(ROWS)})
+        return job.id
+
+    def runner(self, mode: str, **settings: Any) -> Runner:
+        """Start a train worker's runner with a child of this mode."""
+        chosen = self.settings.model_copy(update=settings)
+        child = ChildProcess(
+            child_argv(mode),
+            log_path=chosen.root / "logs" / "trainer.log",
+            environment=environment(),
+        )
+        stage = TrainStage(chosen, self.store)
+        runner = Runner("train", stage, chosen, self.database, child)
+        self._runners.append(runner)
+        runner.start()
+        return runner
+
+    def job(self, job_id: str) -> JobRead:
+        """Return a job as it stands."""
+        with self.database.session() as session:
+            return jobs.get(session, LOCAL, job_id)
+
+    def event_types(self, job_id: str) -> list[str]:
+        """Return the types of a job's events, oldest first."""
+        with self.database.session() as session:
+            return [event.type for event in jobs.events(session, LOCAL, job_id).data]
+
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job as its owner."""
+        with self.database.session(write=True) as session:
+            jobs.cancel(session, LOCAL, job_id)
+
+    def wait_for(self, job_id: str, status: str, seconds: float = 20) -> JobRead:
+        """Wait until a job has a status and return it."""
+        wait_until(
+            lambda: self.job(job_id).status == status,
+            seconds,
+            lambda: f"not {status}: {self.job(job_id)}",
+        )
+        return self.job(job_id)
+
+    def wait_for_work(self, job_id: str) -> None:
+        """Wait until a job's child has reported progress."""
+        wait_until(
+            lambda: self.job(job_id).progress.step > 0,
+            20,
+            lambda: f"no progress: {self.job(job_id)}",
+        )
+
+    def work_left(self) -> list[str]:
+        """Return the names of the work directories that exist."""
+        directory = self.settings.root / "work"
+        return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+    def close(self) -> None:
+        """Stop the runners and close the database."""
+        for runner in self._runners:
+            runner.stop()
+        for runner in self._runners:
+            assert runner.join(15), "a runner did not stop"
+        self.database.close()

@@ -1,0 +1,283 @@
+"""The runner: the one thread of a worker that claims jobs and sees them through.
+
+Owns the order of things: wake, claim, run in the child, conclude, until nothing is left; and the
+duties of an idle worker. Celery only wakes it, the database decides. Knows no Celery.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from core import jobs
+from core.config import Settings
+from core.db.session import Database
+from core.errors import LeaseLost, TunesmithError, from_wire
+from core.ids import new_id
+from core.logging import bind, get_logger
+from core.queue import QueueName
+from worker.child import ChildProcess, Crashed, Failed, Finished, Outcome, Stopped
+from worker.lease import Conclude, Lease, is_transient
+
+_REGISTER_SECONDS = 5.0
+_AFTER_ERROR_SECONDS = 1.0
+
+log = get_logger(__name__)
+
+
+class Stage(Protocol):
+    """What a worker does with a job of its queue."""
+
+    name: Literal["validate", "train"]
+
+    def task(self, claim: jobs.Claim, work_dir: Path) -> dict[str, Any]:
+        """Return what the child gets."""
+        ...
+
+    def succeed(self, result: dict[str, Any], conclude: Conclude) -> None:
+        """Store the child's result and move the job on."""
+        ...
+
+
+class Runner:
+    """Claims jobs of one stage, one at a time.
+
+    Args:
+        queue: The worker's queue, as shown to operators.
+        stage: What is done with a job.
+        settings: Lease, grace and polling times; the data directory.
+        database: Where the jobs are.
+        child: Does the work.
+    """
+
+    def __init__(
+        self,
+        queue: QueueName,
+        stage: Stage,
+        settings: Settings,
+        database: Database,
+        child: ChildProcess,
+    ) -> None:
+        self.worker_id = f"{socket.gethostname()}:{os.getpid()}:{new_id('w')[-10:]}"
+        self._queue = queue
+        self._stage = stage
+        self._settings = settings
+        self._database = database
+        self._child = child
+        self._work_root = settings.root / "work"
+        self._awake = threading.Event()
+        self._awake.set()  # there may be work already
+        self._stopping = threading.Event()
+        self._job_id: str | None = None
+        self._register_at = 0.0
+        self._tidy_at = 0.0
+        self._thread = threading.Thread(target=self._work, name="runner", daemon=True)
+
+    def start(self) -> None:
+        """Start claiming."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look for work now; safe from any thread."""
+        self._awake.set()
+
+    def stop(self) -> None:
+        """Claim nothing more and give the running job back; returns at once.
+
+        Safe in a signal handler: it neither logs nor waits.
+        """
+        self._stopping.set()
+        self._awake.set()
+
+    def join(self, timeout_seconds: float) -> bool:
+        """Wait for the end after `stop`; tell whether it came in time."""
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        log.info("worker_started", worker_id=self.worker_id, queue=self._queue)
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self._tidy()
+                    self._awake.wait(self._settings.idle_poll_seconds)
+                    self._awake.clear()
+                    while not self._stopping.is_set() and (claim := self._claim()) is not None:
+                        self._run(claim)
+                        self._tidy()
+                except Exception as error:
+                    self._log_trouble(error)
+                    self._stopping.wait(_AFTER_ERROR_SECONDS)
+        finally:
+            self._child.close()
+            with contextlib.suppress(SQLAlchemyError):
+                jobs.forget_worker(self._database, self.worker_id)
+            log.info("worker_stopped", worker_id=self.worker_id)
+
+    def _claim(self) -> jobs.Claim | None:
+        return jobs.claim(
+            self._database,
+            worker_id=self.worker_id,
+            stage=self._stage.name,
+            lease_seconds=self._settings.lease_seconds,
+        )
+
+    def _run(self, claim: jobs.Claim) -> None:
+        self._job_id = claim.job_id
+        self._register_at = 0.0
+        lease = Lease(
+            self._database,
+            claim,
+            self.worker_id,
+            self._settings.lease_seconds,
+            on_renewal=self._register,
+        )
+        try:
+            with bind(job_id=claim.job_id, attempt=claim.attempt), lease:
+                log.info("job_claimed", stage=self._stage.name)
+                self._see_through(claim, lease)
+        finally:
+            self._job_id = None
+            self._register_at = 0.0
+
+    def _see_through(self, claim: jobs.Claim, lease: Lease) -> None:
+        try:
+            try:
+                with self._work_dir(claim) as work_dir:
+                    self._conclude(lease, self._run_child(claim, lease, work_dir))
+            except (LeaseLost, SQLAlchemyError):
+                raise
+            except TunesmithError as error:
+                self._concluder(lease)(jobs.fail, error=error.as_dict())
+            except Exception as error:
+                log.exception("worker_failed")
+                broken = TunesmithError(f"the worker failed: {error!r}", code="internal_error")
+                self._concluder(lease)(jobs.fail, error=broken.as_dict())
+        except LeaseLost:
+            log.warning("job_left_to_another_attempt")
+        except SQLAlchemyError:
+            # The database did not take the end. When the lease expires, the job runs again.
+            log.exception("job_not_concluded")
+
+    def _run_child(self, claim: jobs.Claim, lease: Lease, work_dir: Path) -> Outcome:
+        if self._stop_reason(lease) is not None:
+            return Stopped(forced=False)
+        return self._child.run(
+            self._stage.task(claim, work_dir),
+            on_event=lambda frame: _report(lease, frame),
+            stop_reason=lambda: self._stop_reason(lease),
+            grace_seconds=self._settings.grace_seconds,
+        )
+
+    def _stop_reason(self, lease: Lease) -> str | None:
+        return lease.stop_reason or ("shutdown" if self._stopping.is_set() else None)
+
+    def _conclude(self, lease: Lease, outcome: Outcome) -> None:
+        reason = self._stop_reason(lease)
+        conclude = self._concluder(lease)
+        if reason == "lost":
+            raise LeaseLost("another attempt owns the job")
+        match outcome:
+            case _ if reason == "cancel":
+                conclude(jobs.cancelled)
+            case Finished(result):
+                self._stage.succeed(result, conclude)
+            case Failed(error):
+                conclude(jobs.fail, error=from_wire(error).as_dict())
+            case _ if reason == "shutdown":
+                conclude(jobs.release)
+            case Crashed(why):
+                self._lose(conclude, why)
+            case Stopped():
+                self._lose(conclude, "it stopped without being asked to")
+
+    def _lose(self, conclude: Conclude, why: str) -> None:
+        conclude(jobs.attempt_lost, reason=why, max_attempts=self._settings.max_attempts)
+
+    def _concluder(self, lease: Lease) -> Conclude:
+        def conclude(write: Callable[..., None], /, **details: Any) -> None:
+            lease.conclude(write, self._stopping, **details)
+            shown = {name: details[name] for name in ("error", "reason") if name in details}
+            log.info("job_concluded", outcome=write.__name__, **shown)
+
+        return conclude
+
+    @contextlib.contextmanager
+    def _work_dir(self, claim: jobs.Claim) -> Iterator[Path]:
+        path = self._work_root / f"{claim.job_id}-{claim.attempt}"
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _tidy(self) -> None:
+        """Do the duties of any worker, at most once per polling interval."""
+        if time.monotonic() < self._tidy_at:
+            return
+        self._tidy_at = time.monotonic() + self._settings.idle_poll_seconds
+        self._register()
+        swept = jobs.sweep(
+            self._database,
+            self.worker_id,
+            self._settings.lease_seconds,
+            self._settings.max_attempts,
+        )
+        if swept:
+            log.warning("leases_expired", jobs=swept)
+            self._awake.set()
+        self._remove_stale_work()
+
+    def _register(self) -> None:
+        if time.monotonic() < self._register_at:
+            return
+        self._register_at = time.monotonic() + _REGISTER_SECONDS
+        jobs.register_worker(
+            self._database,
+            self.worker_id,
+            self._queue,
+            socket.gethostname(),
+            os.getpid(),
+            self._job_id,
+        )
+
+    def _remove_stale_work(self) -> None:
+        """Remove what killed workers left behind."""
+        # Listed before asking: what is created later is not in the list.
+        found = (
+            [path.name for path in self._work_root.iterdir()] if self._work_root.is_dir() else []
+        )
+        if not found:
+            return
+        live = {f"{job_id}-{attempt}" for job_id, attempt in jobs.held_attempts(self._database)}
+        for name in sorted(set(found) - live):
+            log.info("stale_work_removed", directory=name)
+            shutil.rmtree(self._work_root / name, ignore_errors=True)
+
+    def _log_trouble(self, error: Exception) -> None:
+        if isinstance(error, SQLAlchemyError) and is_transient(error):
+            log.warning("database_away", error=str(error).splitlines()[0])
+        else:
+            log.exception("runner_error")
+
+
+def _report(lease: Lease, frame: dict[str, Any]) -> None:
+    fields = {name: value for name, value in frame.items() if name != "event"}
+    match frame["event"]:
+        case "progress":
+            lease.add(jobs.ProgressUpdate(**fields))
+        case "metric":
+            lease.add(jobs.MetricUpdate(**fields))
+        case "log":
+            lease.add(jobs.EventUpdate(**fields))
+        case other:
+            log.warning("unknown_child_event", child_event=other)

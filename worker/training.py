@@ -1,0 +1,74 @@
+"""The train stage: what the trainer gets of a job, and what becomes of its result."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from core import jobs
+from core.config import Settings
+from core.errors import Unavailable
+from core.storage import ArtifactStore
+from worker.lease import Conclude
+
+TRAINER_ARGV = (sys.executable, "-m", "core.training.process")
+
+
+class TrainStage:
+    """Trains a queued job's adapter and publishes it.
+
+    Args:
+        settings: Device, threads and what may be logged.
+        store: Holds the rows and receives the adapter.
+    """
+
+    name: Literal["validate", "train"] = "train"
+
+    def __init__(self, settings: Settings, store: ArtifactStore) -> None:
+        self._settings = settings
+        self._store = store
+
+    def task(self, claim: jobs.Claim, work_dir: Path) -> dict[str, Any]:
+        """Return the trainer's task.
+
+        Raises:
+            NotFound: The rows are gone.
+        """
+        return {
+            "job_id": claim.job_id,
+            "attempt": claim.attempt,
+            "spec": claim.spec.model_dump(mode="json"),
+            "base": claim.base.model_dump(mode="json"),
+            "data_path": str(self._store.blob_path(claim.dataset_sha256)),
+            "data_format": claim.dataset_format,
+            "work_dir": str(work_dir),
+            "device": self._settings.device,
+            "threads": self._settings.trainer_threads or os.cpu_count() or 1,
+            "log_prompts": self._settings.log_prompts,
+        }
+
+    def succeed(self, result: dict[str, Any], conclude: Conclude) -> None:
+        """Publish the adapter: its files first, then version, alias and success in one.
+
+        Raises:
+            InvalidInput: The trainer's files do not match their manifest.
+            LeaseLost: Another attempt owns the job.
+        """
+        try:
+            self._publish(result, conclude)
+        except Unavailable:
+            # An equal adapter was deleted at this very moment, and its files with it.
+            self._publish(result, conclude)
+
+    def _publish(self, result: dict[str, Any], conclude: Conclude) -> None:
+        published = self._store.publish_adapter(Path(result["artifact_dir"]))
+        conclude(
+            jobs.succeed,
+            manifest=published.manifest,
+            bytes=published.bytes,
+            report=result["report"],
+            provenance=result["provenance"],
+            store=self._store,
+        )

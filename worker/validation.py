@@ -1,0 +1,51 @@
+"""The validate stage: the dry run of a new job, before any accelerator is touched."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from core import jobs
+from core.queue import JobQueue
+from core.storage import ArtifactStore
+from worker.lease import Conclude
+
+VALIDATOR_ARGV = (sys.executable, "-m", "core.data.process")
+
+
+class ValidateStage:
+    """Checks a new job's rows with its base model's tokenizer and queues it for training.
+
+    Args:
+        store: Holds the rows.
+        queue: Wakes the train workers.
+    """
+
+    name: Literal["validate", "train"] = "validate"
+
+    def __init__(self, store: ArtifactStore, queue: JobQueue) -> None:
+        self._store = store
+        self._queue = queue
+
+    def task(self, claim: jobs.Claim, work_dir: Path) -> dict[str, Any]:
+        """Return the validator's task.
+
+        Raises:
+            NotFound: The rows are gone.
+        """
+        return {
+            "spec": claim.spec.model_dump(mode="json"),
+            "base": claim.base.model_dump(mode="json"),
+            "data_path": str(self._store.blob_path(claim.dataset_sha256)),
+            "data_format": claim.dataset_format,
+        }
+
+    def succeed(self, result: dict[str, Any], conclude: Conclude) -> None:
+        """Queue the job with its report.
+
+        Raises:
+            LeaseLost: Another attempt owns the job.
+        """
+        conclude(jobs.validated, report=result)
+        self._queue.wake("train")
