@@ -237,8 +237,10 @@ def _files(settings: Settings, name: str, source: str) -> Iterator[Path]:
         yield aside
         home.parent.mkdir(parents=True, exist_ok=True)
         if home.exists():
+            if tree_digest(home) == tree_digest(aside):
+                return  # another process added the same meanwhile and may use it already
             # No row names it: a crash between the rename and the commit left it here.
-            home.rename(aside.with_name(new_id("deleted")))
+            shutil.rmtree(home)
         aside.rename(home)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

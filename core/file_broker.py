@@ -19,6 +19,8 @@ from kombu.transport import TRANSPORT_ALIASES, filesystem
 
 SCHEME = "tunesmith-files"
 
+_POLL_SECONDS = 0.2
+
 
 class Channel(filesystem.Channel):  # type: ignore[misc]
     """Messages are files `<time>_<random>.<queue>.msg` in one directory."""
@@ -76,6 +78,15 @@ class Transport(filesystem.Transport):  # type: ignore[misc]
 
     Channel = Channel
 
+    def drain_events(self, connection: Any, timeout: float | None = None) -> None:
+        """Deliver a message; return soon without one, since only then a worker looks for signals.
+
+        Raises:
+            TimeoutError: There was none.
+        """
+        soon = _POLL_SECONDS if timeout is None else min(timeout, _POLL_SECONDS)
+        super().drain_events(connection, timeout=soon)
+
 
 def register() -> None:
     """Make kombu know `SCHEME`."""
@@ -90,7 +101,7 @@ def transport_options(directory: Path) -> dict[str, Any]:
         "data_folder_out": str(directory / "messages"),
         "processed_folder": str(directory / "taken"),
         "control_folder": str(_made(directory / "control")),
-        "polling_interval": 0.2,
+        "polling_interval": _POLL_SECONDS,
     }
 
 

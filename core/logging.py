@@ -18,6 +18,8 @@ from structlog.typing import EventDict, Processor
 from core.config import Settings
 
 _OWN_PACKAGES = ("core", "service", "worker", "engine")
+# They report every request and every look at the schema.
+_CHATTY = ("httpx2", "alembic")
 _SELF_CONFIGURING = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 
 
@@ -78,9 +80,13 @@ def configure(settings: Settings, process: str = "api") -> None:
     root.setLevel(max(level, logging.INFO))
     for name in _OWN_PACKAGES:
         logging.getLogger(name).setLevel(level)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     for name in _SELF_CONFIGURING:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], True
+    # It would add a line to every request that one process of ours sends to another.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.captureWarnings(True)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Annotated
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Path, Query, Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
@@ -20,6 +21,7 @@ from service.validation import check_json_values
 
 MAX_PAGE_SIZE = 200
 _LARGEST_NUMBER = 2**31 - 1
+_UPLOAD_SLOTS = 16
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Services:
     """The parts that one API process holds for all its requests.
 
     Attributes:
+        upload_slots: A thread per upload; senders may be slow, so they have threads of their own
+            and never take those in which all other requests read the database.
         stopping: Set when the process was asked to stop; endless streams then end.
     """
 
@@ -35,6 +39,7 @@ class Services:
     store: ArtifactStore
     engine: Engine
     queue: JobQueue
+    upload_slots: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_UPLOAD_SLOTS))
     stopping: Event = field(default_factory=Event)
 
 

@@ -109,6 +109,14 @@ def problem_response(
     )
 
 
+def public_error(error: TunesmithError) -> TunesmithError:
+    """Return what a client may know of an error; what it could not cause is logged and hidden."""
+    if status_of(error) < 500 or error.retryable:
+        return error
+    log.error("request_failed", code=error.code, exc_info=error)
+    return internal_error()
+
+
 def internal_error() -> TunesmithError:
     """Return the error that stands for any failure of ours."""
     return TunesmithError(
@@ -141,10 +149,7 @@ def _respond(
 
 def _deliberate(request: Request, error: Exception) -> Response:
     assert isinstance(error, TunesmithError)
-    if status_of(error) >= 500 and not error.retryable:
-        log.error("request_failed", code=error.code, exc_info=error)
-        return _respond(request, internal_error())
-    return _respond(request, error)
+    return _respond(request, public_error(error))
 
 
 def _invalid_request(request: Request, error: Exception) -> Response:

@@ -36,7 +36,7 @@ from core.logging import get_logger
 from core.principal import Principal
 from service import metrics
 from service.deps import Services
-from service.errors import internal_error, problem
+from service.errors import internal_error, problem, public_error
 from service.schemas import (
     AdapterVersionName,
     BaseModelName,
@@ -250,7 +250,7 @@ async def stream(
                     yield encode_event(delta.model_dump_json(exclude_none=True), event="delta")
         yield encode_event(tally.stream_summary().model_dump_json(), event="done")
     except TunesmithError as error:
-        yield _error_event(error, instance, request_id)
+        yield _error_event(public_error(error), instance, request_id)
     except Exception:
         log.exception("stream_failed")
         yield _error_event(internal_error(), instance, request_id)

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import anyio.from_thread
 import anyio.to_thread
+from anyio import CapacityLimiter
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
@@ -44,13 +45,18 @@ class Upload:
 
 
 async def consume_upload(
-    request: Request, consume: Callable[[Upload], T], *, filename: str = ""
+    request: Request,
+    consume: Callable[[Upload], T],
+    *,
+    slots: CapacityLimiter,
+    filename: str = "",
 ) -> T:
     """Run `consume` in a thread over the request's file and return its result.
 
     Args:
         request: Its body must not have been read.
         consume: Reads the upload to its end.
+        slots: Bounds the uploads at one time; further ones wait.
         filename: Name of the file if the body is the file itself.
 
     Raises:
@@ -67,7 +73,7 @@ async def consume_upload(
         return consume(Upload(part.chunks(), part.filename or filename))
 
     try:
-        return await anyio.to_thread.run_sync(run)
+        return await anyio.to_thread.run_sync(run, limiter=slots)
     finally:
         await stream.aclose()
 

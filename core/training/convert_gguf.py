@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from core.artifacts import TEMPLATE_FILE
+from core.data.quiet import silence_libraries
 from core.errors import InvalidInput
 from core.ids import new_id
 from core.training.command import run_command
+
+_KNOWN_SPLITTINGS = ("gpt-2", "smollm")
 
 
 def convert_gguf(source: Path, target: Path) -> Path:
@@ -25,10 +28,8 @@ def convert_gguf(source: Path, target: Path) -> Path:
     The directory appears complete or not at all: it is written beside `target` and renamed.
 
     Raises:
-        InvalidInput: Code `gguf_unreadable` or `target_exists`.
+        InvalidInput: Code `gguf_unreadable`, `gguf_tokenizer_unsupported` or `target_exists`.
     """
-    from core.data.quiet import silence_libraries
-
     silence_libraries()
     if not source.is_file():
         raise InvalidInput(
@@ -46,6 +47,7 @@ def convert_gguf(source: Path, target: Path) -> Path:
             hint="Remove it or choose another directory.",
         )
 
+    _check_tokenizer(source)
     model, tokenizer = _load(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.parent / f".{new_id('gguf')}"
@@ -56,10 +58,47 @@ def convert_gguf(source: Path, target: Path) -> Path:
         template = tokenizer.chat_template
         if template and not (aside / TEMPLATE_FILE).is_file():
             (aside / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        for file in aside.iterdir():
+            file.chmod(0o644)  # safetensors are written for their owner only
         os.rename(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def _check_tokenizer(source: Path) -> None:
+    """Refuse a tokenizer that would be converted with the wrong splitting of text.
+
+    transformers gives every byte-level tokenizer of the llama family GPT-2's splitting, whatever
+    the file says, and a model reads noise through a wrong one. SmolLM's differs in digits only,
+    which its merges never join.
+    """
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(source).fields
+        values = {
+            name: fields[name].contents() if name in fields else None
+            for name in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+        }
+    except Exception as error:
+        # The reader fails on a damaged file with whatever it stumbles over.
+        raise _unreadable(source, error) from error
+    architecture, kind, splitting = values.values()
+    if (architecture, kind) == ("llama", "gpt2") and splitting not in _KNOWN_SPLITTINGS:
+        raise InvalidInput(
+            f"the tokenizer of {source.name} splits text as {splitting!r}, which would be lost",
+            code="gguf_tokenizer_unsupported",
+            hint="Use the model's safetensors directory instead.",
+        )
+
+
+def _unreadable(source: Path, error: Exception) -> InvalidInput:
+    return InvalidInput(
+        f"{source.name} cannot be converted: {error}",
+        code="gguf_unreadable",
+        hint="The file may be incomplete or of an architecture that transformers cannot read.",
+    )
 
 
 def _load(source: Path) -> tuple[Any, Any]:
@@ -74,11 +113,7 @@ def _load(source: Path) -> tuple[Any, Any]:
             source.parent, gguf_file=source.name, trust_remote_code=False
         )
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise InvalidInput(
-            f"{source.name} cannot be converted: {error}",
-            code="gguf_unreadable",
-            hint="The file may be incomplete or of an architecture that transformers cannot read.",
-        ) from error
+        raise _unreadable(source, error) from error
     return model, tokenizer
 
 

@@ -65,6 +65,7 @@ async def import_adapter(
     candidate = await consume_upload(
         request,
         lambda upload: adapter_files.receive(services, upload, base_model),
+        slots=services.upload_slots,
     )
     version = await adapter_files.publish(services, principal, candidate, name)
     response.headers["Location"] = f"/adapters/{name}/versions/{version.version}"

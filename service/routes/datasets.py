@@ -46,6 +46,7 @@ async def upload_dataset(
     dataset = await consume_upload(
         request,
         lambda upload: dataset_files.store_dataset(services, principal, upload),
+        slots=services.upload_slots,
         filename=filename,
     )
     response.headers["Location"] = f"/datasets/{dataset.id}"

@@ -49,7 +49,7 @@ def start_job(service: RunningService) -> str:
 def assert_one_version_that_answers(service: RunningService, job: dict[str, Any]) -> None:
     assert job["status"] == "succeeded", job
     adapter = job["version"]["name"]
-    versions = service.client.get(f"/adapters/{adapter}").json()["versions"]
+    versions = service.client.get(f"/adapters/{adapter}/versions").json()["data"]
     assert [version["version"] for version in versions] == [1]
 
     def answers() -> bool:

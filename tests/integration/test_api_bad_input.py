@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import migrations
 from core.inference.engine import SamplingParams
 from core.specs import JobSpec
 from tests.support.api import ROWS, Api, running_api
@@ -19,11 +21,19 @@ LEAST: dict[str, Any] = {"base_model": "tiny", "rows": ROWS}
 PROMPT: dict[str, Any] = {"prompt": "a"}
 
 
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    root = tmp_path_factory.mktemp("bad-input")
-    with running_api(root, max_request_bytes=100_000) as running:
-        yield running
+@pytest.fixture(
+    scope="module", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+)
+def api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """Postgres refuses texts and numbers that SQLite takes, so both see all of this."""
+    with ExitStack() as stack:
+        url = ""
+        if request.param == "postgres":
+            server = request.getfixturevalue("postgres_server")
+            url = stack.enter_context(server.empty_database())
+            migrations.upgrade(url)
+        root = tmp_path_factory.mktemp("bad-input")
+        yield stack.enter_context(running_api(root, max_request_bytes=100_000, database_url=url))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import httpx2
 import pytest
 
-from tests.support.api import ROWS, Api, jsonl, running_api
+from tests.support.api import ROWS, Api, build_api, jsonl, live_server, running_api
+from tests.support.polling import wait_until
 
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 
@@ -181,3 +185,19 @@ def test_what_else_a_row_holds_never_breaks_the_preview(api: Api, extra: str) ->
         preview = api.client.get(f"/datasets/{answer.json()['id']}/rows")
         assert preview.status_code == 200, preview.text
         assert preview.json()["data"][0]["line"] == 1
+
+
+def test_slow_senders_never_take_the_threads_of_other_requests(tmp_path: Path) -> None:
+    api = build_api(tmp_path)
+    head = b"POST /datasets HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"
+    with live_server(api) as url, httpx2.Client(base_url=url, timeout=5) as client:
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        with ExitStack() as senders:
+            for _ in range(60):
+                connection = senders.enter_context(socket.create_connection(address))
+                connection.sendall(head)
+            slots = api.services.upload_slots
+            wait_until(lambda: slots.statistics().tasks_waiting == 44, 10, "uploads do not start")
+            assert client.get("/datasets").json()["data"] == []
+        wait_until(lambda: slots.statistics().borrowed_tokens == 0, 10, "uploads go on")
+    assert list((api.settings.root / "tmp").iterdir()) == []

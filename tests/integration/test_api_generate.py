@@ -173,6 +173,15 @@ def test_a_failure_in_mid_answer_is_an_error_and_never_half_a_success(api: Api) 
     assert events[-1][1]["instance"] == "/generate"
 
 
+def test_the_engines_own_faults_are_told_without_internals(api: Api) -> None:
+    body = {"prompt": "CRASH", "base_model": "tiny"}
+    whole = api.client.post("/generate", json=body)
+    streamed = api.client.post("/generate", json={**body, "stream": True})
+    assert whole.status_code == 500
+    assert events_of(streamed)[-1][1]["code"] == whole.json()["code"] == "internal_error"
+    assert "secret" not in whole.text + streamed.text
+
+
 def test_an_adapter_whose_files_are_gone_is_not_answered(api: Api, digest: str) -> None:
     api.store.delete_adapter(digest)
     answer = api.client.post("/generate?adapter=bot", json={"prompt": "a"})

@@ -13,6 +13,7 @@ from core.db.session import Database
 from core.errors import Conflict, InvalidInput, NotFound, Unavailable
 from core.storage import LocalStore
 from tests.support.factories import add_base_model, publish_artifact, submit
+from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
 
 
@@ -38,6 +39,22 @@ def test_a_directory_is_inspected_and_used_in_place(
         assert base_models.list_models(session) == [added]
     base_models.remove(sqlite_database, settings, "tiny")
     assert tiny_model.is_dir(), "a directory of the operator's is never deleted"
+
+
+def test_a_gguf_file_is_converted_into_the_data_directory(
+    sqlite_database: Database, settings: Settings, tiny_model: Path, tmp_path: Path
+) -> None:
+    source = f"gguf:{write_tiny_gguf(tiny_model, tmp_path / 'tiny.gguf')}"
+    home = settings.root / "models" / "tiny"
+    home.mkdir(parents=True)
+    (home / "left.json").write_text("{}")  # of an addition that was killed before it was stored
+    added = base_models.add(sqlite_database, settings, "tiny", source)
+    assert added.source == "gguf"
+    assert added.digest == tree_digest(home)
+    assert base_models.add(sqlite_database, settings, "tiny", source) == added
+    assert list((settings.root / "tmp").iterdir()) == []
+    base_models.remove(sqlite_database, settings, "tiny")
+    assert not home.exists()
 
 
 def test_a_name_does_not_change_its_meaning(
@@ -151,13 +168,3 @@ def test_a_base_model_in_use_stays(
             base_models.get_ref_by_digest(session, "b" * 64)
     with pytest.raises(NotFound):
         base_models.remove(database, settings, "tiny")
-
-
-def test_converted_files_are_removed_with_their_model(
-    sqlite_database: Database, settings: Settings
-) -> None:
-    home = settings.root / "models" / "tiny"
-    home.mkdir(parents=True)
-    add_base_model(sqlite_database, "tiny", path=str(home))
-    base_models.remove(sqlite_database, settings, "tiny")
-    assert not home.exists()

@@ -109,3 +109,17 @@ def test_a_gguf_file_becomes_the_same_model(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput) as caught:
         convert_gguf(source, target)
     assert caught.value.code == "target_exists"
+
+
+def test_a_gguf_file_that_would_lose_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    original = make_tiny_model(tmp_path / "tiny")
+    source = write_tiny_gguf(original, tmp_path / "tiny.gguf", splitting="llama-bpe")
+    with pytest.raises(InvalidInput) as caught:
+        convert_gguf(source, tmp_path / "target")
+    assert caught.value.code == "gguf_tokenizer_unsupported"
+
+    source.write_bytes(source.read_bytes()[:500])
+    with pytest.raises(InvalidInput) as caught:
+        convert_gguf(source, tmp_path / "target")
+    assert caught.value.code == "gguf_unreadable"
+    assert not (tmp_path / "target").exists()

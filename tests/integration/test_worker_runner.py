@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import update
+from sqlalchemy.exc import OperationalError
 
 from core import jobs
 from core.db.models import AdapterVersion, Job
 from core.principal import LOCAL
+from core.queue import NullQueue
 from tests.support.polling import wait_until
 from tests.support.worker_jobs import BASE_DIGEST, JobBench
+from worker.lease import Lease
 
 
 @pytest.fixture
@@ -173,6 +178,54 @@ def test_the_list_of_workers_tells_who_works_on_what(bench: JobBench) -> None:
     job_id = bench.submit()
     runner = bench.runner("stop_slowly")
     wait_until(lambda: (runner.worker_id, job_id) in _workers(bench), 10, "not in the list")
+
+
+def test_a_new_job_is_validated_queued_and_the_train_workers_woken(bench: JobBench) -> None:
+    job_id = bench.submit(validated=False)
+    queue = NullQueue()
+    bench.light_runner("validate", queue)
+    bench.wait_for(job_id, "queued")
+    wait_until(lambda: queue.woken == ["train"], 5, "nobody was woken")
+    with bench.database.session() as session:
+        (event,) = [
+            event for event in jobs.events(session, LOCAL, job_id).data if event.type == "validated"
+        ]
+    assert event.data == {"rows": 3}
+
+
+@pytest.mark.parametrize(
+    ("mode", "code"), [("refuse", "invalid_dataset"), ("crash", "attempts_exhausted")]
+)
+def test_a_job_that_cannot_be_validated_fails_and_wakes_nobody(
+    bench: JobBench, mode: str, code: str
+) -> None:
+    job_id = bench.submit(validated=False)
+    queue = NullQueue()
+    bench.light_runner(mode, queue)
+    job = bench.wait_for(job_id, "failed")
+    assert job.error is not None
+    assert job.error["code"] == code
+    assert queue.woken == []
+
+
+def test_an_end_that_the_database_did_not_take_is_written_again(bench: JobBench) -> None:
+    job_id = bench.submit()
+    claim = jobs.claim(bench.database, worker_id="w", stage="train", lease_seconds=60)
+    assert claim is not None
+    tries: list[str] = []
+
+    def release_at_second_try(*arguments: Any) -> None:
+        tries.append(bench.job(job_id).status)
+        if len(tries) == 1:
+            raise OperationalError("COMMIT", {}, Exception("the server went away"))
+        jobs.release(*arguments)
+
+    with Lease(bench.database, claim, "w", lease_seconds=60) as lease:
+        lease.add(jobs.EventUpdate("reported_before"))
+        lease.conclude(release_at_second_try, threading.Event())
+    assert tries == ["running", "running"]
+    assert bench.job(job_id).status == "queued"
+    assert bench.event_types(job_id)[-2:] == ["reported_before", "released"]
 
 
 def _workers(bench: JobBench) -> list[tuple[str, str | None]]:

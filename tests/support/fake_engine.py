@@ -31,7 +31,8 @@ class FakeEngine:
     """Keeps the promises of `core.inference.engine.Engine` towards the API.
 
     An answer's tokens are the words of the prompt's last text, behind the first eight digits of the
-    adapter's digest, or `base`. A word of `FAIL` as the prompt breaks off after the first token.
+    adapter's digest, or `base`. A prompt that begins with `FAIL` breaks off after the first token,
+    one that begins with `CRASH` does so with an error that is the engine's own fault.
 
     Attributes:
         refusals: Digest → error that loading it raises.
@@ -132,10 +133,9 @@ class FakeEngine:
                 for position, word in enumerate(words):
                     while not self.gate.is_set():
                         await asyncio.sleep(0.01)
-                    if position == 1 and word == "FAIL":
-                        error = Conflict("the device was lost", code="device_lost")
-                        yield Failed(error=to_wire(error))
+                    if position == 1 and word in ("FAIL", "CRASH"):
                         done = True
+                        yield Failed(error=to_wire(_failure(word)))
                         return
                     token = word if position == 0 else f" {word}"
                     top = [(position, token, -0.5)] * (sampling.logprobs or 0)
@@ -155,3 +155,9 @@ class FakeEngine:
         finally:
             if not done:
                 self.cancelled.append(request.request_id)
+
+
+def _failure(word: str) -> TunesmithError:
+    if word == "FAIL":
+        return Conflict("the device was lost", code="device_lost")
+    return TunesmithError("secret internals", code="internal_error")

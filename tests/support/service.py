@@ -80,7 +80,11 @@ class RunningService:
             assert self.supervisor.poll() is None, self.log.read_text()[-5000:]
             return ready_file.exists()
 
-        wait_until(is_ready, 90, lambda: "not ready:\n" + self.log.read_text()[-5000:])
+        try:
+            wait_until(is_ready, 90, lambda: "not ready:\n" + self.log.read_text()[-5000:])
+        except BaseException:
+            self.kill_everything()
+            raise
         url = json.loads(ready_file.read_text())["url"]
         self.client = httpx2.Client(base_url=url, timeout=120)
 
@@ -102,10 +106,8 @@ class RunningService:
 
     def kill_everything(self) -> None:
         """End what is left, by id, when a test failed half-way."""
-        self.client.close()
         if self.supervisor.poll() is None:
-            for process in [*psutil.Process(self.supervisor.pid).children(recursive=True)]:
-                process.kill()
+            # Its parts notice and end by themselves, as the tests of `serve` show.
             self.supervisor.kill()
             self.supervisor.wait(10)
 

@@ -21,7 +21,7 @@ _NAMES = {
 }
 
 
-def write_tiny_gguf(model_path: Path, target: Path) -> Path:
+def write_tiny_gguf(model_path: Path, target: Path, splitting: str = "smollm") -> Path:
     """Convert a directory of `make_tiny_model` to one GGUF file with float32 tensors."""
     import gguf
     from safetensors.numpy import load_file
@@ -39,7 +39,7 @@ def write_tiny_gguf(model_path: Path, target: Path) -> Path:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    _add_tokenizer(writer, model_path)
+    _add_tokenizer(writer, model_path, splitting)
     for name, tensor in load_file(model_path / "model.safetensors").items():
         if "q_proj" in name:
             tensor = _interleave(tensor, heads)
@@ -53,14 +53,14 @@ def write_tiny_gguf(model_path: Path, target: Path) -> Path:
     return target
 
 
-def _add_tokenizer(writer: Any, model_path: Path) -> None:
+def _add_tokenizer(writer: Any, model_path: Path, splitting: str) -> None:
     tokenizer = json.loads((model_path / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"] | {
         token["content"]: token["id"] for token in tokenizer["added_tokens"]
     }
     special = {token["id"] for token in tokenizer["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(splitting)
     writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
     writer.add_token_types([3 if index in special else 1 for index in range(len(vocabulary))])
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])

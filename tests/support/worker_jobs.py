@@ -11,14 +11,16 @@ from core.config import Settings
 from core.db.models import BaseModel
 from core.db.session import Database
 from core.principal import LOCAL
+from core.queue import JobQueue, QueueName
 from core.reads import JobRead
 from core.specs import JobSpec
 from core.storage import LocalStore
 from tests.support.children import MODULE, child_argv, environment
 from tests.support.polling import wait_until
 from worker.child import ChildProcess
-from worker.runner import Runner
+from worker.runner import Runner, Stage
 from worker.training import TrainStage
+from worker.validation import ValidateStage
 
 BASE_DIGEST = "b" * 64
 ROWS = [{"prompt": f"question {number}", "completion": "answer"} for number in range(3)]
@@ -67,13 +69,19 @@ class JobBench:
     def runner(self, mode: str, **settings: Any) -> Runner:
         """Start a train worker's runner with a child of this mode."""
         chosen = self.settings.model_copy(update=settings)
+        return self._start("train", TrainStage(chosen, self.store), mode, chosen)
+
+    def light_runner(self, mode: str, queue: JobQueue) -> Runner:
+        """Start a light worker's runner with a child of this mode."""
+        return self._start("light", ValidateStage(self.store, queue), mode, self.settings)
+
+    def _start(self, queue: QueueName, stage: Stage, mode: str, settings: Settings) -> Runner:
         child = ChildProcess(
             child_argv(mode),
-            log_path=chosen.root / "logs" / "trainer.log",
+            log_path=settings.root / "logs" / f"{mode}.log",
             environment=environment(),
         )
-        stage = TrainStage(chosen, self.store)
-        runner = Runner("train", stage, chosen, self.database, child)
+        runner = Runner(queue, stage, settings, self.database, child)
         self._runners.append(runner)
         runner.start()
         return runner

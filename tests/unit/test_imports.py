@@ -60,6 +60,22 @@ def _pax_bomb() -> io.BytesIO:
     return io.BytesIO(gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + b"0" * 2**20))
 
 
+def _header_chain() -> io.BytesIO:
+    """Two thousand extended headers, each of which describes the next."""
+    info = tarfile.TarInfo("././@PaxHeader")
+    info.type, info.size = tarfile.XHDTYPE, 0
+    return io.BytesIO(gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) * 2000))
+
+
+def _slow_headers() -> io.BytesIO:
+    """As many headers as are read, each as long as allowed and as slow to parse as can be."""
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.type, header.size = tarfile.XHDTYPE, 1024
+    member = tarfile.TarInfo("readme.md").tobuf(tarfile.USTAR_FORMAT)
+    slow = header.tobuf(tarfile.USTAR_FORMAT) + b"0" * 1024 + member
+    return io.BytesIO(gzip.compress(slow * 201))
+
+
 def _sparse_bomb() -> io.BytesIO:
     """A member of a few bytes that stands for a terabyte of zeros."""
     info = tarfile.TarInfo("adapter_config.json")
@@ -121,9 +137,11 @@ ATTACKS: dict[str, tuple[Callable[[], io.BytesIO], str]] = {
         "unsafe_archive",
     ),
     "header bomb": (_pax_bomb, "unsafe_archive"),
+    "header chain": (_header_chain, "invalid_archive"),
+    "slow headers": (_slow_headers, "unsafe_archive"),
     "sparse bomb": (_sparse_bomb, "unsafe_archive"),
     "many members": (
-        lambda: _archive(*((f"{i}.md", b"") for i in range(1001))),
+        lambda: _archive(*((f"{i}.md", b"") for i in range(201))),
         "unsafe_archive",
     ),
     "pickle": (lambda: _archive(("adapter_model.bin", b"")), "pickle_refused"),
