@@ -26,7 +26,7 @@ def download(repository: str, revision: str, target: Path) -> dict[str, Any]:
         InvalidInput: Code `hub_model_not_found`; no such repository or revision, or no access.
         Unavailable: Code `hub_unreachable`.
     """
-    import httpx
+    import httpx2
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
@@ -52,7 +52,7 @@ def download(repository: str, revision: str, target: Path) -> dict[str, Any]:
             hint="Check the name and the revision; set HF_TOKEN for a gated model.",
         ) from error
     except (
-        httpx.HTTPError,
+        httpx2.HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RevisionResolutionError,

@@ -34,9 +34,9 @@ _MODULE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.]{0,127}$")
 
 
 class _Spec(BaseModel):
-    """Strict input: unknown fields are errors, numbers must be finite."""
+    """Strict input: unknown fields, other types and non-finite numbers are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class SftMethod(_Spec):

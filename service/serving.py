@@ -23,11 +23,13 @@ from core.config import Settings
 from core.db.session import Database
 from core.errors import Conflict, InvalidInput, Unavailable
 from core.lifeline import exit_with_parent
-from core.logging import configure
+from core.logging import configure, get_logger
 from service.supervisor import Supervisor, locked, service_processes
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _READY_TIMEOUT_SECONDS = 5.0
+
+log = get_logger(__name__)
 
 
 def run_service(
@@ -58,6 +60,7 @@ def run_service(
         state.unlink(missing_ok=True)
         upgrade(settings.resolved_database_url)
     check_exposure(settings, host)
+    warn_of_unreachable_names(settings, host)
     port = find_port(host, port)
     url = url_of(host, port)
 
@@ -136,6 +139,17 @@ def check_exposure(settings: Settings, host: str) -> None:
             code="exposed_without_keys",
             field="host",
             hint="Create a key with `tunesmith keys create` first.",
+        )
+
+
+def warn_of_unreachable_names(settings: Settings, host: str) -> None:
+    """Log a warning where other machines reach the service, but only by names that it refuses."""
+    default = type(settings).model_fields["allowed_hosts"].default
+    if not is_loopback(host) and settings.allowed_hosts == default:
+        log.warning(
+            "requests_from_elsewhere_refused",
+            allowed_hosts=settings.allowed_hosts,
+            hint="set TUNESMITH_ALLOWED_HOSTS to the names by which clients call this machine",
         )
 
 
