@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.report import Measurement
+from core.causal_lm import linear_modules
 from core.data.ingest import read_rows
 from core.data.rendering import TrainingRow, render_row
 from core.data.schema import to_example
 from core.data.tokenizer import load_tokenizer
 from core.specs import JobSpec
-from core.training.base_model import linear_modules
 from core.training.lora import attach_lora
 from core.training.trainer import build_trainer
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.inference.decoding import Decoding
 from core.inference.engine import SamplingParams
@@ -208,13 +208,3 @@ def _copy_matrices(
     for name, layer in applied.items():
         layer.lora_A[digest].weight.copy_(matrices[name].a)
         layer.lora_B[digest].weight.copy_(matrices[name].b)
-
-
-def linear_modules(model: Any) -> dict[str, list[int]]:
-    """Return name → [out_features, in_features] of every linear layer but the output head."""
-    head = model.get_output_embeddings()
-    return {
-        name: [module.out_features, module.in_features]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from core.artifacts import TOKENIZER_FILE, sha256_file, tree_digest
+from core.causal_lm import linear_modules, load_causal_lm, select_device
+from core.data.rendering import end_token_ids
 from core.data.tokenizer import load_tokenizer
-from core.errors import Conflict
+from core.errors import Conflict, InvalidInput
 from core.inference.adapter_bank import AdapterKey
 from core.inference.engine import AdapterRef, BaseModelRef
 from core.inference.gates import AdapterWeights, BaseFacts, read_adapter
-from core.inference.loaded_base import LoadedBase, linear_modules
+from core.inference.loaded_base import LoadedBase
 
 # For architectures that state no limit of their own.
 _UNLIMITED_CONTEXT = 1_000_000
@@ -35,7 +36,7 @@ class TransformersRunner:
     def __init__(self, device: str = "auto", threads: int = 0) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self.device = _resolve_device(device)
+        self.device = select_device(device)
         self.bases: dict[str, LoadedBase] = {}
 
     def load_base(self, ref: BaseModelRef) -> LoadedBase:
@@ -55,18 +56,12 @@ class TransformersRunner:
                 code="base_model_changed",
                 hint="Restore them, or register the model again under a new name.",
             )
-        tokenizer = load_tokenizer(directory)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-        except (OSError, ValueError) as error:
+            tokenizer = load_tokenizer(directory)
+            model = load_causal_lm(directory, torch.float32)
+        except InvalidInput as error:
             raise _unreadable(ref, error) from error
-        model.to(self.device).eval().requires_grad_(False)
+        model.to(self.device)
         facts = BaseFacts(
             digest=digest,
             tokenizer_sha256=sha256_file(directory / TOKENIZER_FILE),
@@ -89,17 +84,10 @@ class TransformersRunner:
         self.bases[key.base_digest].remove(key.digest)
 
 
-def _resolve_device(device: str) -> torch.device:
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     stated = [getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id]
-    ids: set[int] = set()
+    # What a template ends turns with may not be the tokenizer's end token, and is what was trained.
+    ids = set(end_token_ids(tokenizer))
     for value in stated:
         ids.update(value if isinstance(value, list) else [value] if value is not None else [])
     vocabulary = model.get_input_embeddings().num_embeddings

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from core.errors import InvalidInput
+from core import causal_lm
 
 _gpu_is_pinned = False
 
@@ -31,31 +31,12 @@ def pin_gpu(wanted: str) -> None:
 
 
 def select_device(wanted: str) -> torch.device:
-    """Return the torch device for a setting such as `auto`, `cpu`, `cuda:1` or `mps`.
-
-    Once `pin_gpu` has been called, the one GPU that is left is meant by every `cuda:N`.
+    """Return the job's device; the one GPU that `pin_gpu` left is meant by every `cuda:N`.
 
     Raises:
         InvalidInput: Code `device_missing`; this machine has no such device.
     """
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", 0)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        if device.type == "cuda" and _gpu_is_pinned:
-            device = torch.device("cuda", 0)
-    except RuntimeError as error:
-        raise _missing(wanted) from error
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(device.type, False):
-        raise _missing(wanted)
-    return device
+    return causal_lm.select_device("cuda" if _gpu_is_pinned and "cuda" in wanted else wanted)
 
 
 def select_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -72,12 +53,3 @@ def set_threads(threads: int) -> int:
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
     return count
-
-
-def _missing(wanted: str) -> InvalidInput:
-    return InvalidInput(
-        f"this machine has no device {wanted!r}",
-        code="device_missing",
-        field="device",
-        hint="Set TUNESMITH_DEVICE to auto, cpu, cuda, cuda:N or mps.",
-    )

@@ -33,7 +33,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from core.training.base_model import linear_modules, unreadable
+    from core.causal_lm import linear_modules, unreadable
 
     if not (path / "config.json").is_file():
         raise InvalidInput(

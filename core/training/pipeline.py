@@ -19,6 +19,7 @@ from accelerate.state import GradientState
 from transformers import set_seed
 
 from core.artifacts import sha256_file
+from core.causal_lm import linear_modules
 from core.data.dry_run import (
     RenderedDataset,
     RenderedRow,
@@ -28,7 +29,7 @@ from core.data.dry_run import (
 )
 from core.data.split import split_rows
 from core.data.tokenizer import TokenizerCache, read_context_length
-from core.training.base_model import WarmBase, linear_modules
+from core.training.base_model import WarmBase
 from core.training.callback import MonitorCallback
 from core.training.device import select_device, select_dtype, set_threads
 from core.training.evaluation import answer_samples

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from core.data.rendering import render_prompt
 from core.data.tokenizer import load_tokenizer
-
 from tests.support.service import RunningService, chat_rows
 
 TOLERANCE = 1e-3

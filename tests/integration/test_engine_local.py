@@ -13,14 +13,8 @@ from core.errors import Unavailable
 from core.inference.engine import Engine, Failed
 from core.inference.local_engine import LocalEngine
 from core.inference.transformers_runner import TransformersRunner
-from tests.support.engine_contract import (
-    MAX_ADAPTERS,
-    MAX_WAITING,
-    EngineContract,
-    World,
-    collect,
-    make_request,
-)
+from tests.support.engine_contract import MAX_ADAPTERS, MAX_WAITING, EngineContract
+from tests.support.engine_world import World, collect, make_request
 
 T = TypeVar("T")
 

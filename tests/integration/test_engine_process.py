@@ -14,15 +14,9 @@ import pytest
 
 from core.errors import Unavailable
 from core.inference.engine import Engine, Failed
-from tests.support.engine_contract import (
-    MAX_ADAPTERS,
-    MAX_WAITING,
-    EngineContract,
-    World,
-    collect,
-    make_request,
-)
+from tests.support.engine_contract import MAX_ADAPTERS, MAX_WAITING, EngineContract
 from tests.support.engine_process import EngineProcess
+from tests.support.engine_world import World, collect, make_request
 
 
 @pytest.fixture(scope="module")

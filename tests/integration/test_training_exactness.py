@@ -12,12 +12,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, set_seed
 
 from core.artifacts import read_manifest
+from core.causal_lm import linear_modules, load_causal_lm
 from core.child import Stopped
 from core.data.rendering import IGNORED_LABEL, render_row
 from core.data.schema import to_example
 from core.data.tokenizer import load_tokenizer
 from core.errors import TrainingFailed
-from core.training.base_model import linear_modules, load_base, share_weights
+from core.training.base_model import share_weights
 from core.training.lora import attach_lora
 from core.training.pipeline import Pipeline
 from core.training.task import TrainTask
@@ -46,7 +47,7 @@ def train_by_hand(model_path: Path, task: TrainTask) -> tuple[list[float], dict[
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(model_path)
     rows = [render_row(to_example(row, "messages"), tokenizer) for row in ROWS]
-    model = load_base(model_path, torch.float32)
+    model = load_causal_lm(model_path, torch.float32)
     set_seed(task.spec.training.seed)
     model = attach_lora(model, task.spec.lora, linear_modules(model), "tiny").train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -159,7 +160,7 @@ def test_the_warm_base_computes_the_same_bits_after_jobs(tmp_path: Path, model_p
 
 
 def test_a_lent_model_shares_weights_and_nothing_else(model_path: Path) -> None:
-    base = load_base(model_path, torch.float32)
+    base = load_causal_lm(model_path, torch.float32)
     lent = share_weights(base)
     shared = {id(p) for p in base.parameters()}
     assert {id(p) for p in lent.parameters()} == shared

@@ -51,9 +51,9 @@ def make_adapter(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from core.causal_lm import linear_modules
     from core.data.golden import golden_token_ids
     from core.data.tokenizer import load_tokenizer
-    from core.inference.loaded_base import linear_modules
 
     tokenizer = load_tokenizer(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
