@@ -68,7 +68,6 @@ class Settings(BaseSettings):
     generate_timeout_seconds: float = Field(600.0, gt=0)
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_prompts: bool = False
 
     @cached_property
     def root(self) -> Path:

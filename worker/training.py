@@ -46,7 +46,6 @@ class TrainStage:
             "work_dir": str(work_dir),
             "device": self._settings.device,
             "threads": self._settings.trainer_threads or os.cpu_count() or 1,
-            "log_prompts": self._settings.log_prompts,
         }
 
     def succeed(self, result: dict[str, Any], conclude: Conclude) -> None:

@@ -24,7 +24,6 @@ class TrainTask(BaseModel):
         work_dir: A directory of this attempt, emptied by the caller; the artifact is made in it.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         threads: Torch threads on the CPU; 0 is all cores.
-        log_prompts: Whether the log may hold texts of the data set.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -37,4 +36,3 @@ class TrainTask(BaseModel):
     work_dir: Path
     device: str = "auto"
     threads: int = 0
-    log_prompts: bool = False

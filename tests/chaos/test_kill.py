@@ -22,12 +22,14 @@ LONG_JOB: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[RunningService]:
-    make_tiny_model(tmp_path / "tiny", seed=0)
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """One service for all tests: it has to survive them one after the other."""
+    root = tmp_path_factory.mktemp("chaos")
+    make_tiny_model(root / "tiny", seed=0)
     running = RunningService(
-        tmp_path / "data",
-        {"tiny": tmp_path / "tiny"},
+        root / "data",
+        {"tiny": root / "tiny"},
         {
             "TUNESMITH_LEASE_SECONDS": "4",
             "TUNESMITH_IDLE_POLL_SECONDS": "1",
@@ -87,9 +89,6 @@ def test_a_killed_part_is_replaced_and_the_job_still_makes_one_version(
     )
     lost_attempt = role in {"trainer", "train"}
     assert (job["attempt"] > 2) == lost_attempt  # one attempt to validate, one to train
-    pids = [process.pid for process in service.processes().values()]
-    assert service.stop() == 0
-    assert [pid for pid in pids if psutil.pid_exists(pid)] == []
 
 
 def test_a_killed_supervisor_takes_everything_along_and_the_job_goes_on_after_a_restart(
@@ -107,4 +106,6 @@ def test_a_killed_supervisor_takes_everything_along_and_the_job_goes_on_after_a_
 
     service.start()
     assert_one_version_that_answers(service, service.finish(job_id, 120))
+    pids = [process.pid for process in service.processes().values()]
     assert service.stop() == 0
+    assert [pid for pid in pids if psutil.pid_exists(pid)] == []
