@@ -33,7 +33,7 @@ check: $(INSTALLED) ## Lint, types, architecture and unit tests
 	$(BIN)/python -m pytest tests/unit
 
 serve: $(SAMPLE_MODEL)/config.json ## Run the service with the sample model on port 8000
-	@$(BIN)/tunesmith models add smollm2-135m-instruct $(SAMPLE_MODEL) --exist-ok --data-dir $(DATA_DIR)
+	@$(BIN)/tunesmith models add smollm2-135m-instruct $(SAMPLE_MODEL) --data-dir $(DATA_DIR)
 	@exec $(BIN)/tunesmith serve --data-dir $(DATA_DIR)
 
 bench: $(SAMPLE_MODEL)/config.json ## Measure generation and training

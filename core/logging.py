@@ -85,8 +85,6 @@ def configure(settings: Settings, process: str = "api") -> None:
     for name in _SELF_CONFIGURING:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], True
-    # It would add a line to every request that one process of ours sends to another.
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.captureWarnings(True)
 
 

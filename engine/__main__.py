@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import socket
 import sys
@@ -87,11 +86,6 @@ def _serve(settings: Settings, listener: socket.socket, secret: str | None) -> i
 
 
 def _make_runner(settings: Settings) -> TransformersRunner:
-    # Read when torch is loaded. Threads that spin while they wait for each other take the cores
-    # from a trainer on the same machine and, once it takes them back, from one another: with all
-    # cores busy a step takes four times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
     # Imported here, in the engine thread: the process answers its status in the meantime.
     from core.data.quiet import silence_libraries
 

@@ -63,7 +63,7 @@ def main() -> int:
     except TunesmithError as error:
         print_error(error)
     finally:
-        if code == 0:
+        if code in {0, 130}:
             shutil.rmtree(data_dir, ignore_errors=True)
         else:
             console.print(f"The service's data and log are kept in {data_dir}")

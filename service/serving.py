@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import ipaddress
 import json
-import logging
 import os
 import socket
 from pathlib import Path
@@ -51,8 +50,6 @@ def run_service(
     from migrations import upgrade
 
     configure(settings, "serve")
-    # It would tell of every look at our own readiness.
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
     exit_with_parent(settings.grace_seconds * 2)
     lock, state = settings.run_dir / "serve.lock", settings.run_dir / "serve.json"
     with locked(lock):
