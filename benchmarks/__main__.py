@@ -16,6 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
     parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join(_SUITES))
     parser.add_argument("--model", type=Path, default=Path("var/models/sample"))
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each figure")
     parser.add_argument("--output", type=Path, default=Path("var/benchmarks.json"))
     arguments = parser.parse_args()
     unknown = set(arguments.suites) - set(_SUITES)
@@ -24,7 +25,7 @@ def main() -> None:
     measurements = [
         measurement
         for name in arguments.suites or _SUITES
-        for measurement in _SUITES[name](arguments.model.resolve())
+        for measurement in _SUITES[name](arguments.model.resolve(), arguments.rounds)
     ]
     publish(measurements, arguments.output)
 

@@ -20,14 +20,14 @@ from tests.support.adapters import make_adapter
 from tests.support.service import RunningService, chat_rows
 
 NEW_TOKENS = 48
-ROUNDS = 5
+_STATUS = "job status, p99, while 8 answers are computed"
 QUESTIONS = [
     f"Please explain in plain words how {thing} works and what it is used for in daily life."
     for thing in ("a kettle", "a lock", "a sail", "a clock", "a pump", "a kite", "a bell", "a jar")
 ]
 
 
-def measure(model_dir: Path) -> list[Measurement]:
+def measure(model_dir: Path, rounds: int) -> list[Measurement]:
     """Run all measurements of serving."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -36,14 +36,15 @@ def measure(model_dir: Path) -> list[Measurement]:
         threads = {"TUNESMITH_ENGINE_THREADS": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
         service = RunningService(root / "data", {"sample": model_dir}, threads)
         try:
-            return _measure(service, model_dir, adapter)
+            return _measure(service, model_dir, adapter, rounds)
         finally:
             service.stop()
 
 
-def _measure(service: RunningService, model_dir: Path, adapter: Path) -> list[Measurement]:
-    for name in ("warm", "cold"):
-        _import(service, adapter, name)
+def _measure(
+    service: RunningService, model_dir: Path, adapter: Path, rounds: int
+) -> list[Measurement]:
+    _import(service, adapter, "warm")
     reference = _Reference(model_dir, adapter)
     ours: dict[str, list[float]] = {}
     peer: dict[str, list[float]] = {}
@@ -55,7 +56,7 @@ def _measure(service: RunningService, model_dir: Path, adapter: Path) -> list[Me
 
     _generate(service, None, QUESTIONS[:1])
     _generate(service, "warm", QUESTIONS[:1])
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for label, named, adapted in (("base", None, False), ("adapter", "warm", True)):
             for rows in (1, 8):
                 questions = QUESTIONS[:rows]
@@ -64,11 +65,11 @@ def _measure(service: RunningService, model_dir: Path, adapter: Path) -> list[Me
                     _generate(service, named, questions),
                     reference.generate(questions, adapted=adapted),
                 )
-        take("job status while 8 answers are computed, p99 (ms)", _status_p99(service), None)
+        take(_STATUS, _status_p99(service), None)
     return [
         Measurement(
             work,
-            "ms" if work in ("job status while 8 answers are computed, p99 (ms)",) else "tokens/s",
+            "ms" if work == _STATUS else "tokens/s",
             samples,
             peer.get(work, []),
             "transformers + PEFT, float32, static batch" if work in peer else "",

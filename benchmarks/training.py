@@ -24,12 +24,11 @@ from core.specs import JobSpec
 from core.training.lora import attach_lora
 from core.training.trainer import build_trainer
 
-ROUNDS = 3
 STEPS = 6
 ROWS = Path(__file__).parents[1] / "examples" / "support_desk" / "train.jsonl"
 
 
-def measure(model_dir: Path) -> list[Measurement]:
+def measure(model_dir: Path, rounds: int) -> list[Measurement]:
     """Run all measurements of training."""
     tokenizer = load_tokenizer(model_dir)
     rows = _rows(tokenizer)
@@ -44,7 +43,7 @@ def measure(model_dir: Path) -> list[Measurement]:
     ours: list[float] = []
     plain: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as name:
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             ours.append(_ours(model_dir, tokenizer, spec, rows, Path(name)))
             for checkpointing, samples in plain.items():
                 samples.append(_plain(model_dir, tokenizer, spec, rows, Path(name), checkpointing))
