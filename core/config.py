@@ -31,6 +31,14 @@ class Settings(BaseSettings):
         description="Comma-separated engines, `unix:PATH` or `http://HOST:PORT`.",
         validation_alias=AliasChoices("TUNESMITH_ENGINE_URLS", "ENGINE_URLS"),
     )
+    artifact_url: str = Field(
+        "",
+        description="`s3://BUCKET/PREFIX` or `file:///DIRECTORY`; the data directory by default.",
+        validation_alias=AliasChoices("TUNESMITH_ARTIFACT_URL", "ARTIFACT_URL"),
+    )
+    artifact_cache_bytes: int = Field(
+        20 * 1024**3, ge=0, description="Local copies of remote artifacts are kept up to this size."
+    )
     engine_secret: SecretStr = Field(
         SecretStr(""), description="Shared secret of API and engine when they speak over TCP."
     )
@@ -53,6 +61,35 @@ class Settings(BaseSettings):
     idle_poll_seconds: float = Field(5.0, gt=0)
     grace_seconds: float = Field(20.0, gt=0, description="From a stop request to SIGKILL.")
     max_attempts: int = Field(3, ge=1)
+    max_job_seconds: int = Field(
+        0, ge=0, description="Longest time under work of any job, over all attempts; 0 is no limit."
+    )
+    worker_memory_bytes: int = Field(
+        0, ge=0, description="Memory that a worker offers to jobs; 0 is what the device has."
+    )
+
+    quota_queued_jobs: int = Field(1000, ge=0, description="Waiting jobs a project; 0 is no limit.")
+    quota_running_jobs: int = Field(0, ge=0, description="Jobs at work a project; 0 is no limit.")
+    quota_stored_rows: int = Field(0, ge=0, description="Rows of all data sets a project.")
+    quota_stored_bytes: int = Field(0, ge=0, description="Data sets and adapters a project.")
+
+    webhook_allow_private: bool = Field(
+        False, description="Deliver webhooks to private and loopback addresses, too."
+    )
+    webhook_max_attempts: int = Field(12, ge=1, le=100)
+    webhook_timeout_seconds: float = Field(10.0, gt=0)
+
+    gc_interval_seconds: float = Field(3600.0, gt=0)
+    gc_grace_seconds: float = Field(
+        86_400.0, gt=0, description="Age from which bytes that nothing refers to are removed."
+    )
+    keep_checkpoints_seconds: float = Field(
+        604_800.0, ge=0, description="How long a failed or cancelled job can go on where it was."
+    )
+    keep_jobs_seconds: float = Field(
+        0.0, ge=0, description="Ended jobs are removed after this time; 0 keeps them."
+    )
+    keep_deliveries_seconds: float = Field(2_592_000.0, ge=0)
     trainer_max_rss_bytes: int = Field(
         0, description="Recycle the trainer above this size between jobs; 0 is half of the memory."
     )

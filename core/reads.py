@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.errors import InvalidInput
+from core.job_status import JobStatus
 from core.specs import JobSpec
 
 Item = TypeVar("Item")
@@ -59,14 +60,16 @@ class JobRead(_Read):
     """A job as its owner sees it."""
 
     id: str
-    status: str = Field(description="validating, queued, running, succeeded, failed or cancelled.")
+    status: JobStatus
     adapter: str
     base_model: str
     dataset: str
     spec: JobSpec
     priority: int
     attempt: int
-    cancel_requested: bool
+    stop_requested: str | None = Field(
+        description="`cancel` or `pause`, until the worker has stopped."
+    )
     progress: Progress
     error: dict[str, Any] | None
     version: VersionName | None

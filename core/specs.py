@@ -23,6 +23,9 @@ ADAPTER_NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 MAX_RANK = 256
 MAX_INLINE_ROWS = 10_000
 MAX_METADATA_ENTRIES = 16
+# Of the memory ladder: each rung but the last halves the rows of a forward pass, the last one
+# recomputes activations instead of keeping them.
+LAST_RUNG: Final = 4
 
 AdapterName = Annotated[
     str,
@@ -97,6 +100,22 @@ class TrainingSpec(_Spec):
         description="Precision of the base weights; auto is bf16 on CUDA and fp32 elsewhere.",
     )
     logging_steps: int = Field(1, ge=1, le=10_000)
+    eval_steps: int | None = Field(
+        None, ge=1, le=1_000_000, description="Steps between evaluations; once an epoch by default."
+    )
+    save_steps: int | None = Field(
+        None, ge=1, le=1_000_000, description="Steps between checkpoints, besides those by time."
+    )
+    save_seconds: float = Field(
+        600.0, gt=0, le=86_400, description="Longest time that a lost worker can cost."
+    )
+    save_total_limit: int = Field(2, ge=1, le=100, description="Checkpoints kept of the newest.")
+    load_best_model_at_end: bool = Field(
+        False, description="Publish the weights with the least evaluation loss, not the last."
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, le=1000, description="Stop after this many evaluations without improvement."
+    )
     seed: int = Field(0, ge=0, lt=2**32)
 
 
@@ -112,6 +131,18 @@ class EvaluationSpec(_Spec):
 
     samples: int = Field(3, ge=0, le=50, description="Prompts answered before and after.")
     max_new_tokens: int = Field(64, ge=1, le=1024)
+
+
+class ResourceSpec(_Spec):
+    """What a job needs of a worker, and how long it may have it."""
+
+    device: Literal["any", "cpu", "cuda", "mps"] = "any"
+    time_limit_seconds: int | None = Field(
+        None,
+        ge=1,
+        le=31_536_000,
+        description="Time under work, over all attempts, after which the job fails.",
+    )
 
 
 class JobSpec(_Spec):
@@ -133,6 +164,7 @@ class JobSpec(_Spec):
     training: TrainingSpec = TrainingSpec()
     data: DataSpec = DataSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
+    resources: ResourceSpec = ResourceSpec()
     priority: int = Field(0, ge=-100, le=100, description="Higher runs first.")
     metadata: dict[
         Annotated[str, StringConstraints(min_length=1, max_length=64)],

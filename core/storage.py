@@ -63,6 +63,10 @@ class ArtifactStore(Protocol):
         """
         ...
 
+    def has_blob(self, sha256: str) -> bool:
+        """Tell whether bytes are stored."""
+        ...
+
     def delete_blob(self, sha256: str) -> None:
         """Remove stored bytes; removing what is not there is no error."""
         ...
@@ -135,6 +139,10 @@ class LocalStore:
         if not path.is_file():
             raise NotFound(f"no stored bytes {sha256[:12]}…", code="blob_missing")
         return path
+
+    def has_blob(self, sha256: str) -> bool:
+        """Tell whether bytes are stored; see `ArtifactStore`."""
+        return (self._blobs / sha256).is_file()
 
     def delete_blob(self, sha256: str) -> None:
         """Remove stored bytes; see `ArtifactStore`."""

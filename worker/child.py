@@ -29,6 +29,7 @@ from core.child import (
 )
 from core.lifeline import LIFELINE_VARIABLE
 from core.logging import get_logger
+from worker.memory_kills import count_memory_kills
 
 _POLL_SECONDS = 0.1
 _SEND_TIMEOUT_SECONDS = 10.0
@@ -60,9 +61,13 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Crashed:
-    """The child ended, or stopped making sense, in the middle of the task."""
+    """The child ended, or stopped making sense, in the middle of the task.
+
+    `out_of_memory` when the kernel killed a process for memory in that time.
+    """
 
     reason: str
+    out_of_memory: bool = False
 
 
 Outcome = Finished | Failed | Stopped | Crashed
@@ -205,6 +210,7 @@ class ChildProcess:
     ) -> Outcome:
         kill_at: float | None = None
         try:
+            live.memory_kills = count_memory_kills()
             live.send({"op": "run", "task": task})
             while True:
                 for frame in live.receive():
@@ -221,7 +227,7 @@ class ChildProcess:
                         case _:
                             on_event(frame)
                 if live.ended:
-                    return Crashed(live.wait_for_ending())
+                    return live.crashed()
                 reason = stop_reason()
                 if reason is not None and kill_at is None:
                     kill_at = time.monotonic() + grace_seconds
@@ -230,7 +236,7 @@ class ChildProcess:
                     log.warning("child_killed", reason=reason, grace_seconds=grace_seconds)
                     return Stopped(forced=True)
         except BrokenPipeError:
-            return Crashed(live.wait_for_ending())
+            return live.crashed()
         except (TimeoutError, ValueError, KeyError, TypeError) as error:
             return Crashed(f"it broke the protocol: {error!r}")
 
@@ -259,6 +265,7 @@ class _Live:
     lifeline: int
     ended: bool = False
     heard: int = 0
+    memory_kills: int = 0
     decoder: FrameDecoder = field(default_factory=FrameDecoder)
 
     def __post_init__(self) -> None:
@@ -306,6 +313,12 @@ class _Live:
         while not self.ended and select.select([self.events], [], [], 0)[0]:
             self.receive()
         return self.ended or self.process.poll() is not None
+
+    def crashed(self) -> Crashed:
+        """Return how the child ended in the middle of a task."""
+        reason = self.wait_for_ending()
+        killed = self.process.returncode == -signal.SIGKILL
+        return Crashed(reason, out_of_memory=killed and count_memory_kills() > self.memory_kills)
 
     def wait_for_ending(self) -> str:
         """Return how the child ended; an unfinished ending is waited for briefly."""

@@ -26,6 +26,8 @@ _FLUSH_SECONDS = 0.4
 _RETRY_SECONDS = 1.0
 _MAX_BATCH = 500
 
+StopReason = Literal["cancel", "lost", "pause", "time_limit"]
+
 log = get_logger(__name__)
 
 
@@ -46,6 +48,7 @@ class Lease:
         worker_id: Who claimed it.
         lease_seconds: How long each renewal lasts.
         on_renewal: Called after every renewal, from the lease's thread.
+        time_limit_seconds: Of work on the job, earlier attempts included.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Lease:
         worker_id: str,
         lease_seconds: float,
         on_renewal: Callable[[], None] = lambda: None,
+        time_limit_seconds: int | None = None,
     ) -> None:
         self.claim = claim
         self._database = database
@@ -67,7 +71,12 @@ class Lease:
         self._speaking = threading.Lock()
         self._over = threading.Event()
         self._lost = False
-        self._cancel_requested = claim.stop_requested
+        self._requested = claim.stop_requested
+        self._expires_at = (
+            time.monotonic() + time_limit_seconds - claim.used_seconds
+            if time_limit_seconds
+            else None
+        )
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
@@ -84,11 +93,15 @@ class Lease:
         self._thread.join()
 
     @property
-    def stop_reason(self) -> Literal["cancel", "lost"] | None:
-        """Why the work must stop, as far as the database has told."""
+    def stop_reason(self) -> StopReason | None:
+        """Why the work must stop, as far as the database and the clock have told."""
         if self._lost:
             return "lost"
-        return "cancel" if self._cancel_requested else None
+        if self._requested == "cancel":
+            return "cancel"
+        if self._expires_at is not None and time.monotonic() >= self._expires_at:
+            return "time_limit"
+        return "pause" if self._requested == "pause" else None
 
     def add(self, update: jobs.Update) -> None:
         """Report something; it is written within half a second."""
@@ -114,12 +127,30 @@ class Lease:
         Raises:
             LeaseLost: Another attempt owns the job.
         """
+        self._write(write, give_up, details, last=True)
+
+    def write(self, write: Callable[..., None], give_up: threading.Event, **details: Any) -> None:
+        """Write what was reported, then something more about the job, such as a checkpoint.
+
+        Takes what `conclude` takes and raises what it raises; the lease goes on.
+        """
+        self._write(write, give_up, details, last=False)
+
+    def _write(
+        self,
+        write: Callable[..., None],
+        give_up: threading.Event,
+        details: dict[str, Any],
+        *,
+        last: bool,
+    ) -> None:
         while True:
             try:
                 with self._speaking:
                     self._flush()
                     write(self._database, self.claim, self._worker_id, **details)
-                    self._over.set()
+                    if last:
+                        self._over.set()
                 return
             except SQLAlchemyError as error:
                 if not is_transient(error) or give_up.is_set():
@@ -148,8 +179,9 @@ class Lease:
                     log.warning("lease_not_renewed", error=repr(error))
 
     def _renew(self) -> None:
-        requested = jobs.heartbeat(self._database, self.claim, self._worker_id, self._lease_seconds)
-        self._cancel_requested = self._cancel_requested or requested
+        self._requested = jobs.heartbeat(
+            self._database, self.claim, self._worker_id, self._lease_seconds
+        )
         self._on_renewal()
 
     def _flush(self) -> None:

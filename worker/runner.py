@@ -18,13 +18,15 @@ from typing import Any, Literal, Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from core import jobs
+from core import failpoints, jobs
 from core.config import Settings
 from core.db.session import Database
-from core.errors import LeaseLost, TunesmithError, from_wire
+from core.errors import LeaseLost, TrainingFailed, TunesmithError, from_wire
 from core.ids import new_id
 from core.logging import bind, get_logger
 from core.queue import QueueName
+from core.specs import LAST_RUNG
+from worker.checkpoints import CheckpointUploader
 from worker.child import ChildProcess, Crashed, Failed, Finished, Outcome, Stopped
 from worker.lease import Conclude, Lease, is_transient
 
@@ -39,8 +41,12 @@ class Stage(Protocol):
 
     name: Literal["validate", "train"]
 
-    def task(self, claim: jobs.Claim, work_dir: Path) -> dict[str, Any]:
+    def task(self, lease: Lease, work_dir: Path, stopping: threading.Event) -> dict[str, Any]:
         """Return what the child gets."""
+        ...
+
+    def receive(self, lease: Lease, stopping: threading.Event) -> CheckpointUploader | None:
+        """Return who takes the child's checkpoints, if it makes any."""
         ...
 
     def succeed(self, result: dict[str, Any], conclude: Conclude) -> None:
@@ -140,10 +146,12 @@ class Runner:
             self.worker_id,
             self._settings.lease_seconds,
             on_renewal=self._register,
+            time_limit_seconds=self._time_limit_seconds(claim),
         )
         try:
             with bind(job_id=claim.job_id, attempt=claim.attempt), lease:
                 log.info("job_claimed", stage=self._stage.name)
+                failpoints.reached("job.claimed", job_id=claim.job_id, attempt=claim.attempt)
                 self._see_through(claim, lease)
         finally:
             self._job_id = None
@@ -171,12 +179,18 @@ class Runner:
     def _run_child(self, claim: jobs.Claim, lease: Lease, work_dir: Path) -> Outcome:
         if self._stop_reason(lease) is not None:
             return Stopped(forced=False)
-        return self._child.run(
-            self._stage.task(claim, work_dir),
-            on_event=lambda frame: _report(lease, frame),
-            stop_reason=lambda: self._stop_reason(lease),
-            grace_seconds=self._settings.grace_seconds,
-        )
+        task = self._stage.task(lease, work_dir, self._stopping)
+        checkpoints = self._stage.receive(lease, self._stopping)
+        try:
+            return self._child.run(
+                task,
+                on_event=lambda frame: _report(lease, checkpoints, frame),
+                stop_reason=lambda: self._stop_reason(lease),
+                grace_seconds=self._settings.grace_seconds,
+            )
+        finally:
+            if checkpoints is not None:
+                checkpoints.finish()
 
     def _stop_reason(self, lease: Lease) -> str | None:
         return lease.stop_reason or ("shutdown" if self._stopping.is_set() else None)
@@ -191,17 +205,45 @@ class Runner:
                 conclude(jobs.cancelled)
             case Finished(result):
                 self._stage.succeed(result, conclude)
-            case Failed(error):
+            case Failed(error) if not self._retries_smaller(lease.claim, error):
                 conclude(jobs.fail, error=from_wire(error).as_dict())
-            case _ if reason == "shutdown":
+            case Failed(error):
+                self._lose(conclude, str(error["message"]), lease.claim.memory_rung + 1)
+            case Stopped() if reason == "time_limit":
+                conclude(jobs.fail, error=self._time_is_up(lease.claim).as_dict())
+            case Stopped(forced=False):
+                # For a shutdown or a pause, or because of a request that was taken back meanwhile.
                 conclude(jobs.release)
+            case Crashed() | Stopped() if reason in {"shutdown", "pause"}:
+                conclude(jobs.release)
+            case Crashed(why, out_of_memory=True):
+                self._lose(conclude, why, min(lease.claim.memory_rung + 1, LAST_RUNG))
             case Crashed(why):
                 self._lose(conclude, why)
             case Stopped():
-                self._lose(conclude, "it stopped without being asked to")
+                self._lose(conclude, "it had to be killed")
 
-    def _lose(self, conclude: Conclude, why: str) -> None:
-        conclude(jobs.attempt_lost, reason=why, max_attempts=self._settings.max_attempts)
+    def _retries_smaller(self, claim: jobs.Claim, error: dict[str, Any]) -> bool:
+        return error.get("code") == "out_of_memory" and claim.memory_rung < LAST_RUNG
+
+    def _lose(self, conclude: Conclude, why: str, next_rung: int | None = None) -> None:
+        conclude(
+            jobs.attempt_lost,
+            reason=why,
+            max_attempts=self._settings.max_attempts,
+            next_rung=next_rung,
+        )
+
+    def _time_limit_seconds(self, claim: jobs.Claim) -> int | None:
+        limits = (claim.spec.resources.time_limit_seconds, self._settings.max_job_seconds)
+        return min((limit for limit in limits if limit), default=None)
+
+    def _time_is_up(self, claim: jobs.Claim) -> TrainingFailed:
+        return TrainingFailed(
+            f"the job was worked on for longer than {self._time_limit_seconds(claim)} s",
+            code="time_limit_exceeded",
+            hint="Raise resources.time_limit_seconds and retry; it goes on from its checkpoint.",
+        )
 
     def _concluder(self, lease: Lease) -> Conclude:
         def conclude(write: Callable[..., None], /, **details: Any) -> None:
@@ -270,7 +312,7 @@ class Runner:
             log.exception("runner_error")
 
 
-def _report(lease: Lease, frame: dict[str, Any]) -> None:
+def _report(lease: Lease, checkpoints: CheckpointUploader | None, frame: dict[str, Any]) -> None:
     fields = {name: value for name, value in frame.items() if name != "event"}
     match frame["event"]:
         case "progress":
@@ -279,5 +321,7 @@ def _report(lease: Lease, frame: dict[str, Any]) -> None:
             lease.add(jobs.MetricUpdate(**fields))
         case "log":
             lease.add(jobs.EventUpdate(**fields))
+        case "checkpoint" if checkpoints is not None:
+            checkpoints.add(int(fields["step"]), Path(fields["path"]))
         case other:
             log.warning("unknown_child_event", child_event=other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ from core import jobs
 from core.config import Settings
 from core.errors import Unavailable
 from core.storage import ArtifactStore
-from worker.lease import Conclude
+from worker.checkpoints import CheckpointUploader, restore_newest
+from worker.lease import Conclude, Lease
 
 TRAINER_ARGV = (sys.executable, "-m", "core.training.process")
 
@@ -30,12 +32,24 @@ class TrainStage:
         self._settings = settings
         self._store = store
 
-    def task(self, claim: jobs.Claim, work_dir: Path) -> dict[str, Any]:
-        """Return the trainer's task.
+    def task(self, lease: Lease, work_dir: Path, stopping: threading.Event) -> dict[str, Any]:
+        """Return the trainer's task, with the newest checkpoint that is whole.
 
         Raises:
             NotFound: The rows are gone.
+            LeaseLost: Another attempt owns the job.
         """
+        claim = lease.claim
+        resume_dir = work_dir / "resume"
+        checkpoint = restore_newest(
+            claim,
+            self._store,
+            resume_dir,
+            lambda found, reason: lease.write(
+                jobs.reject_checkpoint, stopping, checkpoint=found, reason=reason
+            ),
+        )
+        lease.write(jobs.begin_training, stopping, resumed=checkpoint)
         return {
             "job_id": claim.job_id,
             "attempt": claim.attempt,
@@ -44,9 +58,15 @@ class TrainStage:
             "data_path": str(self._store.blob_path(claim.dataset_sha256)),
             "data_format": claim.dataset_format,
             "work_dir": str(work_dir),
+            "resume_dir": str(resume_dir) if checkpoint else None,
+            "memory_rung": claim.memory_rung,
             "device": self._settings.device,
             "threads": self._settings.trainer_threads or os.cpu_count() or 1,
         }
+
+    def receive(self, lease: Lease, stopping: threading.Event) -> CheckpointUploader:
+        """Return who stores the checkpoints of an attempt."""
+        return CheckpointUploader(lease, self._store, stopping)
 
     def succeed(self, result: dict[str, Any], conclude: Conclude) -> None:
         """Publish the adapter: its files first, then version, alias and success in one.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
 from core import jobs
 from core.queue import JobQueue
 from core.storage import ArtifactStore
-from worker.lease import Conclude
+from worker.lease import Conclude, Lease
 
 VALIDATOR_ARGV = (sys.executable, "-m", "core.data.process")
 
@@ -28,18 +29,22 @@ class ValidateStage:
         self._store = store
         self._queue = queue
 
-    def task(self, claim: jobs.Claim, work_dir: Path) -> dict[str, Any]:
+    def task(self, lease: Lease, work_dir: Path, stopping: threading.Event) -> dict[str, Any]:
         """Return the validator's task.
 
         Raises:
             NotFound: The rows are gone.
         """
+        claim = lease.claim
         return {
             "spec": claim.spec.model_dump(mode="json"),
             "base": claim.base.model_dump(mode="json"),
             "data_path": str(self._store.blob_path(claim.dataset_sha256)),
             "data_format": claim.dataset_format,
         }
+
+    def receive(self, lease: Lease, stopping: threading.Event) -> None:
+        """Return nobody: a dry run makes no checkpoints."""
 
     def succeed(self, result: dict[str, Any], conclude: Conclude) -> None:
         """Queue the job with its report.

@@ -51,6 +51,13 @@ class Project(Base):
     __tablename__ = "projects"
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     name: Mapped[str] = mapped_column(String(64), unique=True)
+    # Quotas; `None` is the service's default, 0 is no limit.
+    max_queued_jobs: Mapped[int | None]
+    max_running_jobs: Mapped[int | None]
+    max_stored_rows: Mapped[int | None] = mapped_column(BigInteger)
+    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    # When a worker last started one of its jobs, by the database's clock.
+    last_claim_epoch: Mapped[float] = mapped_column(default=0.0)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
@@ -103,8 +110,13 @@ class Job(Base):
     __table_args__ = (
         Index("ix_jobs_project_id_id", "project_id", "id"),
         Index("ix_jobs_project_id_status_id", "project_id", "status", "id"),
-        # What the claim scans: waiting jobs, best first.
-        Index("ix_jobs_status_priority_id", "status", "priority", "id"),
+        # What the queue position counts: waiting jobs, best first.
+        Index("ix_jobs_status_queue_rank_id", "status", "queue_rank", "id"),
+        # What the claim looks up: the best waiting job of each project.
+        Index(
+            "ix_jobs_project_id_status_queue_rank_id", "project_id", "status", "queue_rank", "id"
+        ),
+        Index("ix_jobs_project_id_adapter_name_id", "project_id", "adapter_name", "id"),
         Index("ix_jobs_status_lease_expires_epoch", "status", "lease_expires_epoch"),
     )
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
@@ -115,15 +127,29 @@ class Job(Base):
     adapter_name: Mapped[str] = mapped_column(String(63))
     spec: Mapped[dict[str, Any]]
     priority: Mapped[int] = mapped_column(default=0)
+    # The negative priority: an index in one direction then has the best job first.
+    queue_rank: Mapped[int] = mapped_column(default=0)
 
-    # validating → queued → running → succeeded | failed | cancelled
+    # See `core.job_status`.
     status: Mapped[str] = mapped_column(String(16))
     attempt: Mapped[int] = mapped_column(default=0)
     # Attempts that ended because their worker vanished; the attempt limit counts these.
     lost_attempts: Mapped[int] = mapped_column(default=0)
     worker_id: Mapped[str | None] = mapped_column(String(128))
     lease_expires_epoch: Mapped[float | None]
-    cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
+    # What the owner wants of the worker that holds the job: "cancel" or "pause".
+    stop_requested: Mapped[str | None] = mapped_column(String(16))
+    # Once true, a job that waits again waits for training.
+    validated: Mapped[bool] = mapped_column(Boolean, default=False)
+
+    # What a worker must have to run it.
+    required_device: Mapped[str] = mapped_column(String(16), default="any")
+    required_memory_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    # How far the next attempt goes down the memory ladder.
+    memory_rung: Mapped[int] = mapped_column(default=0)
+    # By the database's clock; earlier attempts are summed in `used_seconds`.
+    attempt_started_epoch: Mapped[float | None]
+    used_seconds: Mapped[float] = mapped_column(default=0.0)
 
     stage: Mapped[str | None] = mapped_column(String(32))
     step: Mapped[int] = mapped_column(default=0)
@@ -178,6 +204,71 @@ class JobMetric(Base):
     grad_norm: Mapped[float | None]
     tokens_per_second: Mapped[float | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class JobCheckpoint(Base):
+    """A training state that a later attempt can go on from; its bytes are a blob, a tar archive."""
+
+    __tablename__ = "job_checkpoints"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64), index=True)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    # Why it cannot be used, once an attempt found that out.
+    invalid_reason: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class UsageTotal(Base):
+    """What a project's ended jobs add up to, so that no read has to count them."""
+
+    __tablename__ = "usage_totals"
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    # The status that the jobs ended in.
+    status: Mapped[str] = mapped_column(String(16), primary_key=True)
+    jobs: Mapped[int] = mapped_column(BigInteger, default=0)
+    trained_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    used_seconds: Mapped[float] = mapped_column(default=0.0)
+
+
+class Webhook(Base):
+    """An address that is told what happens in a project."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("ix_webhooks_project_id_id", "project_id", "id"),)
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    url: Mapped[str] = mapped_column(String(2048))
+    # Needed in clear to sign with; shown once.
+    secret: Mapped[str] = mapped_column(String(128))
+    events: Mapped[list[str]]
+    enabled: Mapped[bool] = mapped_column(Boolean, default=True)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class WebhookDelivery(Base):
+    """One message for one webhook, written in the transaction that it tells of (an outbox)."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        Index("ix_webhook_deliveries_status_next_attempt_epoch", "status", "next_attempt_epoch"),
+        Index("ix_webhook_deliveries_webhook_id_id", "webhook_id", "id"),
+    )
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    event: Mapped[str] = mapped_column(String(32))
+    payload: Mapped[dict[str, Any]]
+    # pending → delivered | dead; a replay makes it pending again.
+    status: Mapped[str] = mapped_column(String(16), default="pending")
+    attempts: Mapped[int] = mapped_column(default=0)
+    # By the database's clock; while a worker sends it, when another may try.
+    next_attempt_epoch: Mapped[float] = mapped_column(default=0.0)
+    response_status: Mapped[int | None]
+    error: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    delivered_at: Mapped[datetime | None]
 
 
 class Adapter(Base):
@@ -239,7 +330,10 @@ class Worker(Base):
     pid: Mapped[int]
     job_id: Mapped[str | None] = mapped_column(String(40))
     heartbeat_epoch: Mapped[float]
-    note: Mapped[str | None] = mapped_column(Text)
+    device: Mapped[str | None] = mapped_column(String(16))
+    memory_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    # Name of the base model that its child has in memory.
+    warm_base: Mapped[str | None] = mapped_column(String(128))
 
 
 class Lease(Base):

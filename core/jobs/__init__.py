@@ -1,6 +1,6 @@
 """Jobs: the state machine of a fine-tuning run and everything that may happen to it.
 
-    validating → queued → running → succeeded | failed | cancelled
+The states and moves are in `core.job_status`.
 
 `submission` and `views` serve the job's owner; `leases` and `sweep` serve workers, whose every
 write names the attempt it belongs to. Knows no queue: whoever commits a submission sends the
@@ -8,6 +8,12 @@ wake-up. Knows no files but through the artifact store.
 """
 
 from core.db.repositories.claims import Stage
+from core.jobs.checkpoints import (
+    CheckpointRef,
+    add_checkpoint,
+    begin_training,
+    reject_checkpoint,
+)
 from core.jobs.leases import (
     Claim,
     cancelled,
@@ -33,6 +39,7 @@ from core.jobs.views import events, get, list_jobs, metrics, report
 from core.reads import JobRead, Page
 
 __all__ = [
+    "CheckpointRef",
     "Claim",
     "EventUpdate",
     "JobRead",
@@ -41,7 +48,9 @@ __all__ = [
     "ProgressUpdate",
     "Stage",
     "Update",
+    "add_checkpoint",
     "attempt_lost",
+    "begin_training",
     "cancel",
     "cancelled",
     "claim",
@@ -57,6 +66,7 @@ __all__ = [
     "metrics",
     "record",
     "register_worker",
+    "reject_checkpoint",
     "release",
     "report",
     "submit",

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from core import registry
+from core import failpoints, registry
 from core.artifacts import Manifest
 from core.base_models import to_ref
 from core.db.models import Job, utc_now
@@ -25,6 +25,7 @@ from core.db.repositories.history import Event, HistoryRepository
 from core.db.session import Database
 from core.errors import TunesmithError
 from core.inference.engine import BaseModelRef
+from core.jobs.checkpoints import CheckpointRef, usable_checkpoints
 from core.jobs.updates import EventUpdate, MetricUpdate, ProgressUpdate, Update
 from core.specs import JobSpec
 from core.storage import ArtifactStore
@@ -36,7 +37,10 @@ class Claim:
 
     Attributes:
         stage: `validate` is the dry run, `train` the training.
-        stop_requested: The owner has asked to cancel it already.
+        stop_requested: What the owner has asked for already: `cancel` or `pause`.
+        memory_rung: Where on the memory ladder this attempt begins.
+        used_seconds: How long earlier attempts have worked.
+        checkpoints: To go on from, the newest first.
     """
 
     job_id: str
@@ -48,7 +52,10 @@ class Claim:
     dataset_sha256: str
     dataset_format: str
     adapter_name: str
-    stop_requested: bool
+    stop_requested: str | None = None
+    memory_rung: int = 0
+    used_seconds: float = 0.0
+    checkpoints: tuple[CheckpointRef, ...] = ()
 
 
 def claim(
@@ -72,17 +79,15 @@ def claim(
             claims.end(job.id, job.attempt, stage, "failed", _failure(opened), error=opened)
 
 
-def heartbeat(database: Database, claim: Claim, worker_id: str, lease_seconds: float) -> bool:
-    """Extend the lease and tell whether the owner asked to cancel the job.
+def heartbeat(database: Database, claim: Claim, worker_id: str, lease_seconds: float) -> str | None:
+    """Extend the lease and return what the owner asks for: `cancel`, `pause` or nothing.
 
     Raises:
         LeaseLost: The worker holds that attempt no longer.
     """
     with database.session(write=True) as session:
         claims = ClaimRepository(session, worker_id)
-        return claims.renew(
-            claim.job_id, claim.attempt, claim.stage, lease_seconds
-        ).cancel_requested
+        return claims.renew(claim.job_id, claim.attempt, claim.stage, lease_seconds).stop_requested
 
 
 def record(database: Database, claim: Claim, worker_id: str, updates: Sequence[Update]) -> None:
@@ -117,6 +122,7 @@ def record(database: Database, claim: Claim, worker_id: str, updates: Sequence[U
                 for metric in measured.values()
             ]
         )
+        failpoints.reached("events.flush", job_id=claim.job_id, attempt=claim.attempt)
 
 
 def validated(database: Database, claim: Claim, worker_id: str, report: dict[str, Any]) -> None:
@@ -125,17 +131,30 @@ def validated(database: Database, claim: Claim, worker_id: str, report: dict[str
     Raises:
         LeaseLost: The worker holds that attempt no longer.
     """
-    _hand_back(database, claim, worker_id, "queued", ("validated", _storable(report)))
+    with database.session(write=True) as session:
+        ClaimRepository(session, worker_id).hand_back(
+            claim.job_id,
+            claim.attempt,
+            claim.stage,
+            "queued",
+            ("validated", _storable(report)),
+            validated=True,
+        )
 
 
 def release(database: Database, claim: Claim, worker_id: str) -> None:
-    """Give a job back unfinished, as a worker does that shuts down; it waits again.
+    """Give a job back unfinished, as a worker does that shuts down or that was asked to pause it.
+
+    It waits again, or is paused or cancelled if its owner wants that.
 
     Raises:
         LeaseLost: The worker holds that attempt no longer.
     """
     status = "queued" if claim.stage == "train" else "validating"
-    _hand_back(database, claim, worker_id, status, ("released", {}))
+    with database.session(write=True) as session:
+        ClaimRepository(session, worker_id).hand_back(
+            claim.job_id, claim.attempt, claim.stage, status, ("released", {})
+        )
 
 
 def fail(database: Database, claim: Claim, worker_id: str, error: dict[str, Any]) -> None:
@@ -219,6 +238,8 @@ def succeed(
             version_id=version.id,
             report=_storable(report),
         )
+        failpoints.reached("publish.commit", job_id=claim.job_id, attempt=claim.attempt)
+    failpoints.reached("publish.committed", job_id=claim.job_id, attempt=claim.attempt)
 
 
 def _open(session: Session, job: Job, stage: Stage) -> Claim | dict[str, Any]:
@@ -242,15 +263,11 @@ def _open(session: Session, job: Job, stage: Stage) -> Claim | dict[str, Any]:
         dataset_sha256=dataset.sha256,
         dataset_format=dataset.format,
         adapter_name=job.adapter_name,
-        stop_requested=job.cancel_requested,
+        stop_requested=job.stop_requested,
+        memory_rung=job.memory_rung,
+        used_seconds=job.used_seconds,
+        checkpoints=usable_checkpoints(session, job) if stage == "train" else (),
     )
-
-
-def _hand_back(database: Database, claim: Claim, worker_id: str, status: str, event: Event) -> None:
-    with database.session(write=True) as session:
-        ClaimRepository(session, worker_id).hand_back(
-            claim.job_id, claim.attempt, claim.stage, status, event
-        )
 
 
 def _failure(error: dict[str, Any]) -> Event:

@@ -160,6 +160,7 @@ def _new_job(principal: Principal, spec: JobSpec, dataset: Dataset) -> Job:
         adapter_name=name,
         spec=stored.model_dump(mode="json"),
         priority=spec.priority,
+        queue_rank=-spec.priority,
         status="validating",
     )
 

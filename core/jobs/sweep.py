@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy.orm import Session
 
 from core.db.models import Job
@@ -36,7 +38,13 @@ def sweep(database: Database, holder: str, lease_seconds: float, max_attempts: i
 
 
 def attempt_lost(
-    database: Database, claim: Claim, worker_id: str, *, reason: str, max_attempts: int
+    database: Database,
+    claim: Claim,
+    worker_id: str,
+    *,
+    reason: str,
+    max_attempts: int,
+    next_rung: int | None = None,
 ) -> None:
     """Count an attempt whose process died under a live worker; the job waits again or fails.
 
@@ -46,6 +54,7 @@ def attempt_lost(
         worker_id: Who holds it.
         reason: How the process ended.
         max_attempts: With this many lost attempts the job fails, `attempts_exhausted`.
+        next_rung: Of the memory ladder, for an attempt that ran out of memory.
 
     Raises:
         LeaseLost: The worker holds that attempt no longer.
@@ -53,7 +62,7 @@ def attempt_lost(
     with database.session(write=True) as session:
         claims = ClaimRepository(session, worker_id)
         job = claims.write(claim.job_id, claim.attempt, claim.stage)
-        _lose_attempt(claims, job, reason, max_attempts)
+        _lose_attempt(claims, job, reason, max_attempts, next_rung)
 
 
 def held_attempts(database: Database) -> set[tuple[str, int]]:
@@ -62,9 +71,17 @@ def held_attempts(database: Database) -> set[tuple[str, int]]:
         return ClaimRepository(session, "").list_held()
 
 
-def _lose_attempt(claims: ClaimRepository, job: Job, reason: str, max_attempts: int) -> None:
-    lost = job.lost_attempts + 1
-    if lost >= max_attempts and not job.cancel_requested:
+def _lose_attempt(
+    claims: ClaimRepository,
+    job: Job,
+    reason: str,
+    max_attempts: int,
+    next_rung: int | None = None,
+) -> None:
+    smaller = next_rung is not None and next_rung > job.memory_rung
+    # The ladder ends by itself; an attempt that goes on with less memory is not a lost one.
+    lost = job.lost_attempts + (0 if smaller else 1)
+    if lost >= max_attempts and job.stop_requested != "cancel":
         error = TrainingFailed(
             f"{lost} attempts at this job were lost, the last because {reason}",
             code="attempts_exhausted",
@@ -72,7 +89,11 @@ def _lose_attempt(claims: ClaimRepository, job: Job, reason: str, max_attempts: 
         )
         claims.give_up_lost(job, error.as_dict())
     else:
-        claims.requeue_lost(job, ("requeued", {"lost_attempts": lost, "reason": reason}))
+        event: dict[str, Any] = {"lost_attempts": lost, "reason": reason}
+        values = {"lost_attempts": lost}
+        if next_rung is not None:
+            event["memory_rung"] = values["memory_rung"] = next_rung
+        claims.requeue_lost(job, ("requeued", event), **values)
 
 
 def register_worker(

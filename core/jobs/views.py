@@ -163,7 +163,7 @@ def to_read(
         spec=spec,
         priority=job.priority,
         attempt=job.attempt,
-        cancel_requested=job.cancel_requested,
+        stop_requested=job.stop_requested,
         progress=Progress(
             stage=job.stage,
             step=job.step,

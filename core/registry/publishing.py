@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from sqlalchemy.orm import Session
 
+from core import failpoints
 from core.artifacts import Manifest
 from core.db.models import AdapterVersion
 from core.db.repositories.adapters import AdapterRepository
@@ -68,6 +69,7 @@ def publish(
         provenance=provenance,
     )
     adapters.add(version)
+    failpoints.reached("publish.alias", job_id=job_id)
     adapters.point(adapter_id, LATEST, version.id)
     if not store.has_adapter(manifest.digest):
         raise Unavailable(

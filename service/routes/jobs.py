@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response, status
 
 from core import jobs
+from core.job_status import JobStatus
 from core.reads import EventRead, JobRead, MetricRead, Page
 from core.specs import JobSpec
 from service import job_feeds
@@ -30,8 +31,6 @@ _SPEC_EXAMPLES: dict[str, Any] = {
         }
     },
 }
-
-JobStatus = Literal["validating", "queued", "running", "succeeded", "failed", "cancelled"]
 
 
 @router.post(

@@ -97,7 +97,7 @@ def test_a_running_job_is_asked_to_stop(api: Api) -> None:
     job = api.submit()
     claim = api.start_training()
     answer = api.client.post(f"/jobs/{job['id']}/cancel").json()
-    assert (answer["status"], answer["cancel_requested"]) == ("running", True)
+    assert (answer["status"], answer["stop_requested"]) == ("running", "cancel")
     jobs.cancelled(api.database, claim, "w")
     assert api.client.get(f"/jobs/{job['id']}").json()["status"] == "cancelled"
 

@@ -66,7 +66,7 @@ def test_a_job_is_validated_then_queued_then_trained(
     assert _get(database, job.id).status == "queued"
 
     claim = must_claim(database, "trainer")
-    assert (claim.attempt, claim.adapter_name, claim.stop_requested) == (2, "bot", False)
+    assert (claim.attempt, claim.adapter_name, claim.stop_requested) == (2, "bot", None)
     running = _get(database, job.id)
     assert (running.status, running.progress.stage) == ("running", "train")
     assert running.started_at is not None
@@ -183,7 +183,7 @@ def test_a_worker_taken_for_dead_changes_nothing(
         assert _snapshot(database, job.id) == before, name
     with pytest.raises(LeaseLost):
         jobs.heartbeat(database, current, "another worker", 30)
-    assert jobs.heartbeat(database, current, "old", 30) is False
+    assert jobs.heartbeat(database, current, "old", 30) is None
 
 
 def test_publishing_is_refused_when_the_files_are_gone(
@@ -320,8 +320,8 @@ def test_a_cancel_request_reaches_the_worker(
     job = queue_job(database, store, settings)
     claim = must_claim(database, "w")
     with database.session(write=True) as session:
-        assert jobs.cancel(session, LOCAL, job.id).cancel_requested
-    assert jobs.heartbeat(database, claim, "w", 30) is True
+        assert jobs.cancel(session, LOCAL, job.id).stop_requested == "cancel"
+    assert jobs.heartbeat(database, claim, "w", 30) == "cancel"
     jobs.cancelled(database, claim, "w")
     assert _get(database, job.id).status == "cancelled"
 

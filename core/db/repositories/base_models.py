@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from core.db.models import AdapterVersion, BaseModel, Job
 from core.db.repositories.dialect import is_key
-from core.db.repositories.jobs import UNFINISHED
 from core.errors import NotFound
+from core.job_status import UNFINISHED
 
 
 class BaseModelRepository:

@@ -15,7 +15,6 @@ from core.errors import LeaseLost
 
 Stage = Literal["validate", "train"]
 
-_UNHELD = {"worker_id": None, "lease_expires_epoch": None}
 _HELD_STATUS = {"validate": "validating", "train": "running"}
 _STARTED_EVENT = {"validate": "validation_started", "train": "training_started"}
 
@@ -45,6 +44,7 @@ class ClaimRepository:
         values: dict[str, Any] = {}
         if stage == "train":
             values["started_at"] = func.coalesce(Job.started_at, utc_now())
+            values["attempt_started_epoch"] = database_epoch()
         return advance(
             self._session,
             Job.id == best,
@@ -100,16 +100,18 @@ class ClaimRepository:
         expires = database_epoch() + lease_seconds
         return self.write(job_id, attempt, stage, lease_expires_epoch=expires)
 
-    def hand_back(self, job_id: str, attempt: int, stage: Stage, status: str, event: Event) -> Job:
-        """Let go of a job that waits again as `status`, or is cancelled if that was asked.
+    def hand_back(
+        self, job_id: str, attempt: int, stage: Stage, status: str, event: Event, **values: Any
+    ) -> Job:
+        """Let go of a job that waits again as `status`, or stops if its owner asked for that.
 
         Raises:
             LeaseLost: The worker holds that attempt no longer.
         """
         job = self.write(
-            job_id, attempt, stage, [event], status=status, stage=None, eta_seconds=None, **_UNHELD
+            job_id, attempt, stage, [event], status=status, stage=None, **self._let_go(), **values
         )
-        return self._cancel_if_requested(job)
+        return self._stop_if_requested(job)
 
     def end(
         self, job_id: str, attempt: int, stage: Stage, status: str, event: Event, **values: Any
@@ -126,8 +128,8 @@ class ClaimRepository:
             [event],
             status=status,
             finished_at=utc_now(),
-            eta_seconds=None,
-            **_UNHELD,
+            stop_requested=None,
+            **self._let_go(),
             **values,
         )
 
@@ -149,8 +151,8 @@ class ClaimRepository:
         rows = self._session.execute(select(Job.id, Job.attempt).where(Job.worker_id.is_not(None)))
         return {(row[0], row[1]) for row in rows}
 
-    def requeue_lost(self, job: Job, event: Event) -> None:
-        """Let a job wait again whose worker vanished, or cancel it if that was asked."""
+    def requeue_lost(self, job: Job, event: Event, **values: Any) -> None:
+        """Let a job wait again whose worker vanished, or stop it if that was asked."""
         changed = advance(
             self._session,
             Job.id == job.id,
@@ -158,13 +160,12 @@ class ClaimRepository:
             Job.status == job.status,
             events=[event],
             status="queued" if job.status == "running" else job.status,
-            lost_attempts=Job.lost_attempts + 1,
             stage=None,
-            eta_seconds=None,
-            **_UNHELD,
+            **self._let_go(),
+            **values,
         )
         if changed is not None:
-            self._cancel_if_requested(changed)
+            self._stop_if_requested(changed)
 
     def give_up_lost(self, job: Job, error: dict[str, Any]) -> None:
         """Fail a job whose workers vanished too often."""
@@ -178,20 +179,31 @@ class ClaimRepository:
             error=error,
             lost_attempts=Job.lost_attempts + 1,
             finished_at=utc_now(),
-            eta_seconds=None,
-            **_UNHELD,
+            stop_requested=None,
+            **self._let_go(),
         )
 
-    def _cancel_if_requested(self, job: Job) -> Job:
-        if not job.cancel_requested:
-            return job
-        return (
-            advance(
-                self._session,
-                Job.id == job.id,
-                events=[("cancelled", {})],
-                status="cancelled",
-                finished_at=utc_now(),
-            )
-            or job
+    def _let_go(self) -> dict[str, Any]:
+        """Return the values of a job that nobody holds, with the time of the attempt added up."""
+        worked = func.coalesce(database_epoch() - Job.attempt_started_epoch, 0.0)
+        return {
+            "worker_id": None,
+            "lease_expires_epoch": None,
+            "eta_seconds": None,
+            "attempt_started_epoch": None,
+            "used_seconds": Job.used_seconds + worked,
+        }
+
+    def _stop_if_requested(self, job: Job) -> Job:
+        match job.stop_requested:
+            case "cancel":
+                values: dict[str, Any] = {"status": "cancelled", "finished_at": utc_now()}
+            case "pause":
+                values = {"status": "paused"}
+            case _:
+                return job
+        event: Event = (values["status"], {})
+        stopped = advance(
+            self._session, Job.id == job.id, events=[event], stop_requested=None, **values
         )
+        return stopped or job

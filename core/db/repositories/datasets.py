@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from sqlalchemy import delete, exists, select
 from sqlalchemy.orm import Session
 
-from core.db.models import Dataset, Job
+from core.db.models import Dataset, Job, JobCheckpoint
 from core.db.repositories.dialect import is_key
-from core.db.repositories.jobs import UNFINISHED
 from core.errors import NotFound
+from core.job_status import UNFINISHED
 from core.principal import Principal
 
 
@@ -82,5 +82,8 @@ def find_by_id(session: Session, dataset_id: str) -> Dataset | None:
 
 
 def is_referenced(session: Session, sha256: str) -> bool:
-    """Tell whether a data set of any project has these bytes."""
-    return bool(session.scalar(select(exists().where(Dataset.sha256 == sha256))))
+    """Tell whether a data set or a checkpoint of any project has these bytes."""
+    return any(
+        session.scalar(select(exists().where(table.sha256 == sha256)))
+        for table in (Dataset, JobCheckpoint)
+    )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, tuple_, update
+from sqlalchemy import ColumnElement, delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Job, JobEvent, JobMetric
 from core.db.repositories.dialect import insert_into
+from core.job_status import sources
 
 Event = tuple[str, dict[str, Any]]
 """Type and data of an event."""
@@ -23,11 +24,14 @@ def advance(
     """Update the one job that meets all conditions and append events to its history.
 
     The event numbers are taken by the same statement that checks the conditions, so they have no
-    gaps and a writer whose conditions no longer hold leaves no trace.
+    gaps and a writer whose conditions no longer hold leaves no trace. A `status` among the values
+    is one more condition: that a job may come to it from where it is.
 
     Returns:
         The job after the update, or `None` when no job met the conditions.
     """
+    if "status" in values:
+        conditions = (*conditions, Job.status.in_(sources(values["status"])))
     statement = (
         update(Job)
         .where(*conditions)
@@ -73,6 +77,18 @@ class HistoryRepository:
         return self._session.scalars(
             query.order_by(JobMetric.attempt, JobMetric.step).limit(limit)
         ).all()
+
+    def drop_metrics(self, job_id: str, *, after_step: int, before_attempt: int) -> None:
+        """Remove what earlier attempts measured at steps that a later one does again."""
+        self._session.execute(
+            delete(JobMetric)
+            .where(
+                JobMetric.job_id == job_id,
+                JobMetric.attempt < before_attempt,
+                JobMetric.step > after_step,
+            )
+            .execution_options(synchronize_session=False)
+        )
 
     def merge_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Insert metrics; a row that exists keeps the measurements that are `None` in the new one.

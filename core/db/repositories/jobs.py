@@ -13,9 +13,8 @@ from core.db.models import Adapter, AdapterVersion, IdempotencyKey, Job, utc_now
 from core.db.repositories.dialect import is_key
 from core.db.repositories.history import advance
 from core.errors import NotFound
+from core.job_status import TERMINAL, UNFINISHED
 from core.principal import Principal
-
-UNFINISHED = ("validating", "queued", "running")
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ class JobRepository:
     def cancel_waiting(self, job_id: str) -> Job | None:
         """Cancel a job that no worker holds; `None` when one does or the job has ended."""
         waiting = or_(
-            Job.status == "queued", and_(Job.status == "validating", Job.worker_id.is_(None))
+            Job.status.in_(("queued", "paused")),
+            and_(Job.status == "validating", Job.worker_id.is_(None)),
         )
         return advance(
             self._session,
@@ -107,16 +107,16 @@ class JobRepository:
             Job.id == job_id,
             self._owned(),
             Job.status.in_(UNFINISHED),
-            Job.cancel_requested.is_(False),
+            or_(Job.stop_requested.is_(None), Job.stop_requested != "cancel"),
             events=[("cancel_requested", {})],
-            cancel_requested=True,
+            stop_requested="cancel",
         )
 
     def delete(self, job_id: str) -> bool:
         """Remove an ended job with its events, metrics and keys; False when it has not ended."""
         removed = self._session.scalars(
             delete(Job)
-            .where(Job.id == job_id, self._owned(), Job.status.not_in(UNFINISHED))
+            .where(Job.id == job_id, self._owned(), Job.status.in_(TERMINAL))
             .returning(Job.id)
             .execution_options(synchronize_session=False)
         ).one_or_none()
