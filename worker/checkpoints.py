@@ -51,10 +51,16 @@ class CheckpointUploader:
         """Store a checkpoint's directory soon, and remove the directory afterwards."""
         self._waiting.put((step, directory))
 
-    def finish(self) -> None:
-        """Wait until everything added is stored or given up."""
+    def finish(self, timeout_seconds: float | None = None) -> None:
+        """Wait until everything added is stored or given up.
+
+        Args:
+            timeout_seconds: Wait no longer than this; what is not stored by then is not registered.
+        """
         self._waiting.put(None)
-        self._thread.join()
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            log.warning("checkpoint_abandoned", timeout_seconds=timeout_seconds)
 
     def _work(self) -> None:
         claim = self._lease.claim

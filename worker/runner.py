@@ -32,6 +32,7 @@ from worker.lease import Conclude, Lease, is_transient
 
 _REGISTER_SECONDS = 5.0
 _AFTER_ERROR_SECONDS = 1.0
+_CHILDS_SHARE_OF_GRACE = 0.75
 
 log = get_logger(__name__)
 
@@ -181,16 +182,17 @@ class Runner:
             return Stopped(forced=False)
         task = self._stage.task(lease, work_dir, self._stopping)
         checkpoints = self._stage.receive(lease, self._stopping)
+        grace = _Grace(self._settings.grace_seconds, lambda: self._stop_reason(lease))
         try:
             return self._child.run(
                 task,
                 on_event=lambda frame: _report(lease, checkpoints, frame),
-                stop_reason=lambda: self._stop_reason(lease),
-                grace_seconds=self._settings.grace_seconds,
+                stop_reason=grace.stop_reason,
+                grace_seconds=grace.childs_share_seconds,
             )
         finally:
             if checkpoints is not None:
-                checkpoints.finish()
+                checkpoints.finish(grace.left_seconds())
 
     def _stop_reason(self, lease: Lease) -> str | None:
         return lease.stop_reason or ("shutdown" if self._stopping.is_set() else None)
@@ -310,6 +312,35 @@ class Runner:
             log.warning("database_away", error=str(error).splitlines()[0])
         else:
             log.exception("runner_error")
+
+
+class _Grace:
+    """The grace period of one task: most of it is the child's, the rest is for its last checkpoint.
+
+    Args:
+        seconds: From a stop request to the end of everything.
+        ask: Returns why the task shall stop.
+    """
+
+    def __init__(self, seconds: float, ask: Callable[[], str | None]) -> None:
+        self.childs_share_seconds = seconds * _CHILDS_SHARE_OF_GRACE
+        self._seconds = seconds
+        self._ask = ask
+        self._began: float | None = None
+
+    def stop_reason(self) -> str | None:
+        """Return why the task shall stop; the period begins with the first reason."""
+        reason = self._ask()
+        if reason is not None and self._began is None:
+            self._began = time.monotonic()
+        return reason
+
+    def left_seconds(self) -> float | None:
+        """Return what is left of the period; `None` while it has not begun."""
+        self.stop_reason()
+        if self._began is None:
+            return None
+        return max(0.0, self._began + self._seconds - time.monotonic())
 
 
 def _report(lease: Lease, checkpoints: CheckpointUploader | None, frame: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,43 @@ def stop_slowly(task: dict[str, Any], channel: Channel) -> dict[str, Any] | None
     time.sleep(0.2)
     channel.check_stop()
     return None
+
+
+def train_in_steps(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Count forty steps from the checkpoint on; make one every five steps or on request."""
+    work_dir = Path(task["work_dir"])
+    resume_dir = task["resume_dir"]
+    steps = int((Path(resume_dir) / "step").read_text()) if resume_dir else 0
+    while steps < 40:
+        steps += 1
+        channel.send("metric", step=steps, loss=1.0 / steps)
+        channel.send("progress", stage="train", step=steps, total_steps=40)
+        time.sleep(0.05)
+        keeps = channel.stop_reason in {"pause", "shutdown", "time_limit"}
+        if steps % 5 == 0 or keeps:
+            directory = work_dir / f"checkpoint-{steps}"
+            directory.mkdir()
+            (directory / "step").write_text(str(steps))
+            (directory / "nested").mkdir()
+            (directory / "nested" / "weights").write_bytes(bytes(3_000_000))
+            channel.send("checkpoint", step=steps, path=str(directory))
+        channel.check_stop()
+    artifact = write_artifact(work_dir / "artifact", task["base"]["digest"])
+    return {"artifact_dir": str(artifact), "report": {}, "provenance": {"steps": steps}}
+
+
+def train_and_crash_once(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Train, but die in the first attempt after the checkpoint of step 10 is on its way."""
+    if not task["resume_dir"]:
+        threading.Timer(0.05 * 12, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return train_in_steps(task, channel)
+
+
+def run_out_of_memory_above_rung_two(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Train only as far down the memory ladder as rung two."""
+    if task["memory_rung"] < 2:
+        run_out_of_memory(task, channel)
+    return train_in_steps(task, channel)
 
 
 def hang(task: dict[str, Any], channel: Channel) -> dict[str, Any]:

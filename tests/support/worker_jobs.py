@@ -52,9 +52,9 @@ class JobBench:
                 )
             )
 
-    def submit(self, *, validated: bool = True) -> str:
+    def submit(self, *, validated: bool = True, **fields: Any) -> str:
         """Submit a job and return its id; it waits for training unless not `validated`."""
-        spec = JobSpec(base_model="tiny", rows=ROWS)
+        spec = JobSpec.model_validate({"base_model": "tiny", "rows": ROWS, **fields})
         with self.database.session(write=True) as session:
             job, _ = jobs.submit(session, LOCAL, spec, settings=self.settings, store=self.store)
         if validated:
@@ -90,6 +90,12 @@ class JobBench:
         """Return a job as it stands."""
         with self.database.session() as session:
             return jobs.get(session, LOCAL, job_id)
+
+    def events(self, job_id: str, kind: str) -> list[dict[str, Any]]:
+        """Return the data of a job's events of one type, oldest first."""
+        with self.database.session() as session:
+            found = jobs.events(session, LOCAL, job_id, limit=1000).data
+        return [event.data for event in found if event.type == kind]
 
     def event_types(self, job_id: str) -> list[str]:
         """Return the types of a job's events, oldest first."""
