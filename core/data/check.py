@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from core.data.detect import FORMAT_HINT, DatasetFormat, detect_format
-from core.data.ingest import ParsedRow, Problem, check_file_kind, parse_rows
+from core.data.ingest import file_kind, parse_rows
+from core.data.rows import ParsedRow, Problem
 from core.data.schema import check_row, ignored_fields
 from core.errors import InvalidInput
 
@@ -95,11 +96,10 @@ def check_file(path: Path, filename: str, max_rows: int | None = None) -> Datase
         max_rows: Most rows accepted.
 
     Raises:
-        InvalidInput: The file as a whole is unusable: empty, no JSON, of no known format, too many
+        InvalidInput: The file as a whole is unusable: empty, of no known kind or format, too many
             rows. Findings in single rows are in the report; see `DatasetReport.raise_for_errors`.
     """
-    check_file_kind(path, filename)
-    return _check(parse_rows(path, max_rows))
+    return _check(parse_rows(path, max_rows, file_kind(path, filename)))
 
 
 def check_rows(rows: Iterable[Mapping[str, Any]]) -> DatasetReport:

@@ -7,12 +7,23 @@ from typing import Any, Literal, get_args
 
 from core.errors import InvalidInput
 
-DatasetFormat = Literal["messages", "prompt_completion"]
+DatasetFormat = Literal["messages", "prompt_completion", "instruction", "sharegpt", "text"]
 FORMATS: tuple[DatasetFormat, ...] = get_args(DatasetFormat)
 
 FORMAT_HINT = (
-    'Each row needs either "messages" (a list of {"role", "content"} turns) or "prompt" and '
-    '"completion" (two texts, or two lists of turns).'
+    'Each row needs "messages" (a list of {"role", "content"} turns), "prompt" and "completion" '
+    '(two texts, or two lists of turns), "instruction" and "response" (or "output"), '
+    '"conversations" (a list of {"from", "value"} turns) or "text".'
+)
+
+
+# In this order: a row of a conversation may also carry its text.
+_SIGNS: tuple[tuple[DatasetFormat, tuple[str, ...]], ...] = (
+    ("messages", ("messages",)),
+    ("sharegpt", ("conversations",)),
+    ("prompt_completion", ("prompt", "completion")),
+    ("instruction", ("instruction",)),
+    ("text", ("text",)),
 )
 
 
@@ -26,10 +37,9 @@ def detect_format(row: Mapping[str, Any], line: int) -> DatasetFormat:
     Raises:
         InvalidInput: Code `unknown_format`.
     """
-    if "messages" in row:
-        return "messages"
-    if "prompt" in row or "completion" in row:
-        return "prompt_completion"
+    for format, signs in _SIGNS:  # noqa: A001
+        if any(name in row for name in signs):
+            return format
     names = ", ".join(repr(name) for name in list(row)[:8]) or "no fields"
     raise InvalidInput(
         f"the format of the data set is not known: line {line} has {names}",

@@ -15,8 +15,9 @@ from typing import Any
 
 from core.data.check import ErrorList, invalid_dataset
 from core.data.detect import DatasetFormat, detect_format
-from core.data.ingest import Problem, parse_rows
+from core.data.ingest import parse_rows
 from core.data.rendering import TrainingRow, render_row
+from core.data.rows import Problem
 from core.data.schema import Example, check_row, to_example
 from core.data.split import count_steps, split_rows
 from core.errors import InvalidInput

@@ -96,7 +96,7 @@ def render_row(example: Example, tokenizer: Any) -> TrainingRow:
     if example.messages is None:
         text, spans = _find_completion(example, tokenizer)
     else:
-        text, spans = _find_answers(example.messages, example.trained_from, tokenizer)
+        text, spans = _find_answers(example.messages, example.trained, tokenizer)
     ids, offsets, firsts = _tokenise(text, [span.start for span in spans], tokenizer)
 
     labels = [IGNORED_LABEL] * len(ids)
@@ -117,7 +117,7 @@ def end_token_ids(tokenizer: Any) -> frozenset[int]:
     if template_of(tokenizer) is not None:
         probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         try:
-            text, spans = _find_answers(probe, 0, tokenizer)
+            text, spans = _find_answers(probe, None, tokenizer)
         except InvalidInput:
             return frozenset(ids)
         ids.add(_encode(text[: spans[0].end], tokenizer)[-1])
@@ -133,7 +133,7 @@ def _find_completion(example: Example, tokenizer: Any) -> tuple[str, list[Span]]
 
 
 def _find_answers(
-    messages: Sequence[Mapping[str, str]], trained_from: int, tokenizer: Any
+    messages: Sequence[Mapping[str, str]], trained: tuple[int, ...] | None, tokenizer: Any
 ) -> tuple[str, list[Span]]:
     control = _control_tokens(tokenizer)
     for index, turn in enumerate(messages):
@@ -148,7 +148,7 @@ def _find_answers(
     text = _render(messages, tokenizer, add_generation_prompt=False)
     spans = []
     for index, turn in enumerate(messages):
-        if turn["role"] != "assistant" or index < trained_from:
+        if turn["role"] != "assistant" or (trained is not None and index not in trained):
             continue
         before = _render(messages[:index], tokenizer, add_generation_prompt=True)
         until = _render(messages[: index + 1], tokenizer, add_generation_prompt=False)

@@ -7,17 +7,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.data.detect import DatasetFormat
-from core.data.ingest import Problem
+from core.data.rows import Problem
+from core.data.turns import (
+    CHAT,
+    SHAREGPT,
+    check_conversation,
+    check_order,
+    check_text,
+    check_turns,
+    check_weights,
+    plain_turns,
+    trained_turns,
+)
 
-ROLES = ("system", "user", "assistant")
 # Fields of other tools' formats that change what a row means; ignoring them would train wrongly.
 _MEANINGFUL_FIELDS = (
     "tools", "functions", "images", "image", "audio", "weight", "chat_template_kwargs", "label",
     "chosen", "rejected",
 )  # fmt: skip
-_ROW_FIELDS: dict[DatasetFormat, frozenset[str]] = {
-    "messages": frozenset({"messages"}),
-    "prompt_completion": frozenset({"prompt", "completion"}),
+# Of each format: its fields, each with all its spellings; of one field a row may use one spelling.
+_REQUIRED: dict[DatasetFormat, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",),),
+    "prompt_completion": (("completion",), ("prompt",)),
+    "instruction": (("instruction",), ("response", "output")),
+    "sharegpt": (("conversations",),),
+    "text": (("text",),),
+}
+_OPTIONAL: dict[DatasetFormat, tuple[tuple[str, ...], ...]] = {
+    "instruction": (("context", "input"), ("system",)),
+    "sharegpt": (("system",),),
 }
 
 
@@ -27,14 +45,13 @@ class Example:
 
     Attributes:
         messages: The turns; `None` for plain text.
-        trained_from: Index of the first turn that may be trained; assistant turns before it are
-            context only.
+        trained: Positions of the turns that may be trained; `None` means every assistant turn.
         prompt: Plain text before the completion; empty for a conversation.
         completion: Plain text to be learnt; empty for a conversation.
     """
 
     messages: list[dict[str, str]] | None = None
-    trained_from: int = 0
+    trained: tuple[int, ...] | None = None
     prompt: str = ""
     completion: str = ""
 
@@ -47,40 +64,78 @@ def check_row(row: Mapping[str, Any], format: DatasetFormat) -> list[Problem]:  
         if row.get(name) is not None
     ]
     missing = [
-        Problem("missing_field", f"the field {name!r} is missing", name)
-        for name in sorted(_ROW_FIELDS[format])
-        if name not in row
+        Problem("missing_field", f"the field {' or '.join(map(repr, names))} is missing", names[0])
+        for names in _REQUIRED[format]
+        if not any(name in row for name in names)
     ]
     if missing:
         return problems + missing
-    if format == "messages":
-        return problems + list(_check_conversation(row["messages"], "messages"))
-    return problems + list(_check_pair(row["prompt"], row["completion"]))
+    for names in (*_REQUIRED[format], *_OPTIONAL.get(format, ())):
+        given = [name for name in names if row.get(name) is not None]
+        if len(given) > 1:
+            both = f"{given[0]!r} and {given[1]!r} mean the same field"
+            problems.append(Problem("ambiguous_field", both, given[1]))
+    return problems or list(_check_content(row, format))
 
 
 def to_example(row: Mapping[str, Any], format: DatasetFormat) -> Example:  # noqa: A002
     """Return the meaning of a row in which `check_row` found no problem."""
-    if format == "messages":
-        return Example(messages=_plain(row["messages"]))
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        return Example(prompt=prompt, completion=completion)
-    return Example(messages=_plain(prompt + completion), trained_from=len(prompt))
+    match format:
+        case "messages":
+            turns = row["messages"]
+            return Example(messages=plain_turns(turns, CHAT), trained=trained_turns(turns, CHAT))
+        case "sharegpt":
+            turns = row["conversations"]
+            system = _system_turn(row)
+            trained = tuple(len(system) + index for index in trained_turns(turns, SHAREGPT))
+            return Example(messages=system + plain_turns(turns, SHAREGPT), trained=trained)
+        case "instruction":
+            return Example(messages=_instruction_turns(row))
+        case "text":
+            return Example(completion=row["text"])
+        case "prompt_completion":
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, str):
+                return Example(prompt=prompt, completion=completion)
+            trained = tuple(len(prompt) + index for index in trained_turns(completion, CHAT))
+            return Example(messages=plain_turns(prompt + completion, CHAT), trained=trained)
 
 
 def ignored_fields(row: Mapping[str, Any], format: DatasetFormat) -> set[str]:  # noqa: A002
     """Return the row's fields that have no influence on training."""
-    return set(row) - _ROW_FIELDS[format]
+    used = {name for names in _REQUIRED[format] for name in names}
+    used |= {name for names in _OPTIONAL.get(format, ()) for name in names}
+    return set(row) - used
 
 
-def _plain(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+def _check_content(row: Mapping[str, Any], format: DatasetFormat) -> Iterator[Problem]:  # noqa: A002
+    match format:
+        case "messages":
+            yield from check_conversation(row["messages"], "messages", CHAT)
+        case "sharegpt":
+            turns = row["conversations"]
+            yield from check_conversation(turns, "conversations", SHAREGPT)
+            yield from _check_optional_text(row, "system")
+            if _system_turn(row) and isinstance(turns, list) and turns:
+                first = turns[0]
+                if isinstance(first, dict) and first.get("from") == "system":
+                    yield Problem("role_order", "there are two system turns", "conversations[0]")
+        case "instruction":
+            yield from check_text(row["instruction"], "instruction")
+            answer = _spelling(row, "response", "output")
+            yield from check_text(row.get(answer), answer)
+            yield from _check_optional_text(row, _spelling(row, "context", "input"))
+            yield from _check_optional_text(row, "system")
+        case "text":
+            yield from check_text(row["text"], "text")
+        case "prompt_completion":
+            yield from _check_pair(row["prompt"], row["completion"])
 
 
 def _check_pair(prompt: Any, completion: Any) -> Iterator[Problem]:
     if isinstance(prompt, str) and isinstance(completion, str):
-        yield from _check_text(prompt, "prompt")
-        yield from _check_text(completion, "completion")
+        yield from check_text(prompt, "prompt")
+        yield from check_text(completion, "completion")
         return
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         yield Problem(
@@ -93,95 +148,36 @@ def _check_pair(prompt: Any, completion: Any) -> Iterator[Problem]:
         if not turns:
             yield Problem("empty", f"{name!r} has no turns", name)
             return
-    problems = [
-        *_check_turns(prompt, "prompt"),
-        *_check_turns(completion, "completion"),
-    ]
-    if problems:
-        yield from problems
-        return
     where = [f"prompt[{i}]" for i in range(len(prompt))]
     where += [f"completion[{i}]" for i in range(len(completion))]
-    yield from _check_order(prompt + completion, where)
+    yield from (
+        [*check_turns(prompt, "prompt", CHAT), *check_turns(completion, "completion", CHAT)]
+        or list(check_order(prompt + completion, where, CHAT))
+        or check_weights(completion, "completion", CHAT)
+    )
 
 
-def _check_conversation(messages: Any, field: str) -> Iterator[Problem]:
-    if not isinstance(messages, list):
-        yield Problem("wrong_type", f"{field!r} must be a list of turns", field)
-        return
-    if not messages:
-        yield Problem("empty", f"{field!r} has no turns", field)
-        return
-    problems = list(_check_turns(messages, field))
-    yield from problems or _check_order(messages, [f"{field}[{i}]" for i in range(len(messages))])
+def _check_optional_text(row: Mapping[str, Any], field: str) -> Iterator[Problem]:
+    """Check a text that may be absent or empty, as exporters leave it."""
+    value = row.get(field)
+    if value is not None and value != "":
+        yield from (p for p in check_text(value, field) if p.code != "empty")
 
 
-def _check_turns(messages: list[Any], field: str) -> Iterator[Problem]:
-    """Check each turn by itself."""
-    for index, turn in enumerate(messages):
-        where = f"{field}[{index}]"
-        if not isinstance(turn, dict):
-            yield Problem("wrong_type", "a turn must be an object with role and content", where)
-            continue
-        role = turn.get("role")
-        if role not in ROLES:
-            yield Problem(
-                "unknown_role",
-                f"the role is {_shorten(role)}; it must be system, user or assistant",
-                f"{where}.role",
-            )
-        yield from _check_text(turn.get("content"), f"{where}.content")
-        for name in turn:
-            if name not in ("role", "content") and turn[name] is not None:
-                yield Problem(
-                    "unsupported_field",
-                    f"a turn has the field {_shorten(name)}, which is not supported",
-                    f"{where}.{name}"[:200],
-                )
+def _instruction_turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    question = row["instruction"]
+    context = row.get(_spelling(row, "context", "input"))
+    if context and context.strip():
+        question = f"{question}\n\n{context}"
+    answer = row[_spelling(row, "response", "output")]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return _system_turn(row) + turns
 
 
-def _check_text(value: Any, field: str) -> Iterator[Problem]:
-    if not isinstance(value, str):
-        yield Problem("wrong_type", "a text is needed here", field)
-    elif not value.strip():
-        yield Problem("empty", "the text is empty", field)
-    elif "\x00" in value:
-        yield Problem("nul_byte", "the text holds a NUL character", field)
-    elif not _is_encodable(value):
-        yield Problem("bad_unicode", "the text holds half of a surrogate pair", field)
+def _system_turn(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    text = row.get("system")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
 
 
-def _check_order(messages: list[dict[str, str]], where: list[str]) -> Iterator[Problem]:
-    """Check the sequence of roles: an optional system turn, then user and assistant by turns."""
-    expected = "user"
-    for index, turn in enumerate(messages):
-        role = turn["role"]
-        if role == "system":
-            if index:
-                yield Problem("role_order", "a system turn may only come first", where[index])
-                return
-            continue
-        if role != expected:
-            yield Problem(
-                "role_order", f"expected a turn of the {expected}, not of the {role}", where[index]
-            )
-            return
-        expected = "assistant" if role == "user" else "user"
-    if messages[-1]["role"] != "assistant":
-        yield Problem(
-            "no_answer", "the last turn must be the assistant's, for there is nothing to learn"
-            " after it", where[-1],
-        )  # fmt: skip
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _shorten(value: Any) -> str:
-    shown = ascii(value)
-    return shown if len(shown) <= 40 else shown[:37] + "..."
+def _spelling(row: Mapping[str, Any], *names: str) -> str:
+    return next((name for name in names if row.get(name) is not None), names[0])

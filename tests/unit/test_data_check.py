@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from core.data.check import check_file, check_rows, preview
+from core.data.detect import DatasetFormat
+from core.data.schema import to_example
 from core.errors import InvalidInput
 
 USER = {"role": "user", "content": "Hi"}
@@ -28,6 +30,7 @@ def findings(row: dict[str, Any], good: dict[str, Any] | None = None) -> list[tu
         [SYSTEM, USER, ASSISTANT],
         [SYSTEM, USER, ASSISTANT, USER, ASSISTANT],
         [USER, ASSISTANT | {"name": None}],
+        [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"weight": 1}],
     ],
 )
 def test_conversations_that_can_be_trained_pass(messages: list[dict[str, Any]]) -> None:
@@ -55,7 +58,11 @@ def test_conversations_that_can_be_trained_pass(messages: list[dict[str, Any]]) 
         ([USER, {"role": "assistant", "content": " \n"}], "empty", "messages[1].content"),
         ([USER, {"role": "assistant", "content": "a\0"}], "nul_byte", "messages[1].content"),
         ([USER, {"role": "assistant", "content": "\ud800"}], "bad_unicode", "messages[1].content"),
-        ([USER, ASSISTANT | {"weight": 0}], "unsupported_field", "messages[1].weight"),
+        ([USER, ASSISTANT | {"weight": 0}], "nothing_trained", "messages"),
+        ([USER, ASSISTANT | {"weight": 0.5}], "wrong_value", "messages[1].weight"),
+        ([USER, ASSISTANT | {"weight": True}], "wrong_value", "messages[1].weight"),
+        ([USER | {"weight": 1}, ASSISTANT], "unsupported_field", "messages[0].weight"),
+        ([USER, ASSISTANT | {"mood": "x"}], "unsupported_field", "messages[1].mood"),
     ],
 )
 def test_what_cannot_be_trained_is_found(messages: Any, code: str, field: str) -> None:
@@ -104,8 +111,8 @@ def test_errors_are_counted_but_listed_up_to_a_hundred() -> None:
 
 
 def test_an_unknown_format_names_the_fields_it_has() -> None:
-    with pytest.raises(InvalidInput, match="'instruction', 'output'") as caught:
-        check_rows([{"instruction": "a", "output": "b"}])
+    with pytest.raises(InvalidInput, match="'question', 'answer'") as caught:
+        check_rows([{"question": "a", "answer": "b"}])
     assert caught.value.code == "unknown_format"
     assert caught.value.hint
 
@@ -131,4 +138,104 @@ def test_a_file_is_checked_and_previewed(tmp_path: Path) -> None:
     assert preview(path, report.format, offset=3, limit=5) == [
         {"line": 4, "row": {"prompt": "p3", "completion": "c"}},
         {"line": 5, "row": {"prompt": "p4", "completion": "c"}},
+    ]
+
+
+HUMAN = {"from": "human", "value": "Hi"}
+GPT = {"from": "gpt", "value": "Hello"}
+
+
+@pytest.mark.parametrize(
+    ("row", "good", "code", "field"),
+    [
+        ({"instruction": "a"}, {"instruction": "a", "output": "b"}, "missing_field", "response"),
+        (
+            {"instruction": "a", "response": "b", "output": "c"},
+            {"instruction": "a", "output": "b"},
+            "ambiguous_field",
+            "output",
+        ),
+        (
+            {"instruction": " ", "output": "b"},
+            {"instruction": "a", "output": "b"},
+            "empty",
+            "instruction",
+        ),
+        (
+            {"instruction": "a", "context": 3, "response": "b"},
+            {"instruction": "a", "output": "b"},
+            "wrong_type",
+            "context",
+        ),
+        (
+            {"conversations": [HUMAN, {"from": "bot", "value": "x"}]},
+            {"conversations": [HUMAN, GPT]},
+            "unknown_role",
+            "conversations[1].from",
+        ),
+        (
+            {"conversations": [HUMAN, {"from": "gpt", "value": ""}]},
+            {"conversations": [HUMAN, GPT]},
+            "empty",
+            "conversations[1].value",
+        ),
+        (
+            {"system": "s", "conversations": [{"from": "system", "value": "t"}, HUMAN, GPT]},
+            {"conversations": [HUMAN, GPT]},
+            "role_order",
+            "conversations[0]",
+        ),
+        ({"text": ""}, {"text": "once"}, "empty", "text"),
+    ],
+)
+def test_rows_of_other_formats_are_checked_too(
+    row: dict[str, Any], good: dict[str, Any], code: str, field: str
+) -> None:
+    assert findings(row, good) == [(code, field)]
+
+
+TURNS = [
+    {"role": "user", "content": "Sum up.\n\nA long story."},
+    {"role": "assistant", "content": "Short."},
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"messages": TURNS}, "messages"),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt_completion"),
+        (
+            {"instruction": "Sum up.", "context": "A long story.", "response": "Short."},
+            "instruction",
+        ),
+        ({"instruction": "Sum up.", "input": "A long story.", "output": "Short."}, "instruction"),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": TURNS[0]["content"]},
+                    {"from": "gpt", "value": "Short."},
+                ]
+            },
+            "sharegpt",
+        ),
+    ],
+)
+def test_all_spellings_of_a_conversation_mean_the_same(
+    row: dict[str, Any],
+    format: DatasetFormat,  # noqa: A002
+) -> None:
+    assert check_rows([row]).format == format
+    example = to_example(row, format)
+    assert example.messages == TURNS
+    assert example.trained in (None, (1,))
+
+
+def test_an_empty_context_leaves_no_trace() -> None:
+    row = {"instruction": "Sing.", "input": "", "output": "La.", "system": "Be kind."}
+    assert check_rows([row]).error_count == 0
+    assert to_example(row, "instruction").messages == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Sing."},
+        {"role": "assistant", "content": "La."},
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from core.data.ingest import check_file_kind, parse_rows, read_rows
+from core.data.ingest import file_kind, parse_rows, read_rows
 from core.errors import InvalidInput, TooLarge
 
 
@@ -96,13 +96,13 @@ def test_more_rows_than_allowed_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "code"),
     [
-        ("rows.csv", b"a,b\n", "unsupported_file_type"),
-        ("rows.jsonl", b"PAR1....", "unsupported_file_type"),
+        ("rows.xlsx", b"a,b\n", "unsupported_file_type"),
+        ("rows.parquet", b"a,b\n", "unsupported_file_type"),
         ("rows.jsonl", b"\x1f\x8b\x08", "unsupported_file_type"),
         ("rows.jsonl", '{"a": 1}'.encode("utf-16"), "bad_encoding"),
     ],
 )
 def test_foreign_files_are_refused(tmp_path: Path, name: str, content: bytes, code: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        check_file_kind(write(tmp_path, content), name)
+        file_kind(write(tmp_path, content), name)
     assert caught.value.code == code

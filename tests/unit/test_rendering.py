@@ -106,7 +106,7 @@ def test_an_end_token_that_the_completion_spells_out_is_not_doubled(tokenizer: A
 
 
 def test_turns_before_the_completion_are_context_only(tokenizer: Any) -> None:
-    row = render_row(Example(messages=TURNS, trained_from=3), tokenizer)
+    row = render_row(Example(messages=TURNS, trained=(4,)), tokenizer)
     assert trained_runs(row, tokenizer) == [TURNS[4]["content"] + "<|im_end|>"]
 
 
