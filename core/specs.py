@@ -33,6 +33,7 @@ AdapterName = Annotated[
     Field(description="Lower-case letters, digits, `.`, `_` and `-`; at most 63 characters."),
 ]
 ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
+Role = Literal["system", "user", "assistant"]
 _MODULE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.]{0,127}$")
 
 
@@ -120,8 +121,25 @@ class TrainingSpec(_Spec):
 
 
 class DataSpec(_Spec):
-    """How rows become training and validation sets."""
+    """Which rows are used, what of them is learnt, and how they become two sets."""
 
+    skip_rows: int = Field(0, ge=0, description="Rows of the file left out at its start.")
+    max_rows: int | None = Field(None, ge=1, description="Rows used of those that follow.")
+    min_chars: dict[Role, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="Role → characters; a row with a shorter text of that role is left out.",
+    )
+    max_chars: dict[Role, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="Role → characters; a row with a longer text of that role is left out.",
+    )
+    system_prompt: Annotated[str, StringConstraints(min_length=1, max_length=32_768)] | None = (
+        Field(None, description="System turn of conversations that have none.")
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant",
+        description="Learn every answer, the last one, or the whole text of a row.",
+    )
     validation_fraction: float = Field(0.0, ge=0, le=0.5)
     shuffle: bool = True
 

@@ -19,9 +19,10 @@ from core.data.ingest import parse_rows
 from core.data.rendering import TrainingRow, render_row
 from core.data.rows import Problem
 from core.data.schema import Example, check_row, to_example
+from core.data.selection import RowSelector, prepare
 from core.data.split import count_steps, split_rows
 from core.errors import InvalidInput
-from core.specs import JobSpec
+from core.specs import DataSpec, JobSpec
 
 _MAX_SAMPLE_CHARACTERS = 4000
 
@@ -43,6 +44,7 @@ class RenderedDataset:
         format: Format of the rows; `None` when no row could be read.
         rows: The good rows, in file order.
         seen: Rows read, bad ones included.
+        dropped: Why rows were left out on the spec's wish → how many.
         duplicates: Rows that say the same as an earlier one.
         errors: The findings.
     """
@@ -50,6 +52,7 @@ class RenderedDataset:
     format: DatasetFormat | None
     rows: list[RenderedRow] = field(default_factory=list)
     seen: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
     errors: ErrorList = field(default_factory=ErrorList)
 
@@ -60,15 +63,17 @@ def render_dataset(
     tokenizer: Any,
     *,
     max_length: int,
+    spec: DataSpec,
     check_stop: Callable[[], None] = lambda: None,
 ) -> RenderedDataset:
     """Read and render all rows.
 
     Args:
-        path: JSONL or JSON array.
+        path: An accepted file; see `core.data.ingest`.
         format: Format of the rows; found from the first one when `None`.
         tokenizer: From `load_tokenizer`.
         max_length: Most tokens a row may have.
+        spec: Which rows are used, and what of them is learnt.
         check_stop: Called before each row; may raise to end early.
 
     Raises:
@@ -77,9 +82,12 @@ def render_dataset(
     """
     data = RenderedDataset(format)
     known: set[bytes] = set()
+    selector = RowSelector(spec)
     for parsed in parse_rows(path):
         check_stop()
         data.seen += 1
+        if selector.slices_off():
+            continue
         if parsed.problem is not None:
             data.errors.add(parsed.line, parsed.problem)
             continue
@@ -91,6 +99,9 @@ def render_dataset(
         if problems:
             continue
         example = to_example(parsed.row, data.format)
+        if selector.filters_out(example):
+            continue
+        example = prepare(example, spec)
         try:
             rendered = _render_checked(example, tokenizer, max_length)
         except InvalidInput as error:
@@ -104,8 +115,9 @@ def render_dataset(
         data.rows.append(RenderedRow(parsed.line, example, rendered))
     if data.errors.count:
         raise invalid_dataset(data.errors.listed, data.errors.count)
+    data.dropped = dict(selector.dropped)
     if not data.rows:
-        raise InvalidInput("the data set has no rows", code="empty_dataset")
+        raise _no_rows(data.dropped)
     return data
 
 
@@ -122,16 +134,17 @@ def dry_run(
 
     Args:
         spec: The job.
-        data_path: JSONL or JSON array.
+        data_path: An accepted file; see `core.data.ingest`.
         format: Format of the rows.
         tokenizer: From `load_tokenizer`, of the base model.
         context_length: Most tokens that the base model can read.
         check_stop: Called before each row; may raise to end early.
 
     Returns:
-        `format`, `rows`, `training_rows`, `validation_rows`, `duplicates`, `tokens` (`total`,
-        `min`, `mean`, `p50`, `p95`, `max` per row), `trained_tokens`, `steps` and a `sample` with
-        `line`, `text` and the trained `spans` in it.
+        `format`, `rows` used, `dropped` (reason → rows left out), `training_rows`,
+        `validation_rows`, `duplicates`, `tokens` (`total`, `min`, `mean`, `p50`, `p95`, `max` per
+        row), `trained_tokens`, `steps` and a `sample` with `line`, `text` and the trained `spans`
+        in it.
 
     Raises:
         InvalidInput: See `render_dataset`; also `too_few_rows`.
@@ -141,6 +154,7 @@ def dry_run(
         format,
         tokenizer,
         max_length=row_limit(spec, context_length),
+        spec=spec.data,
         check_stop=check_stop,
     )
     check_row_count(spec, len(data.rows))
@@ -149,6 +163,7 @@ def dry_run(
     return {
         "format": data.format,
         "rows": len(data.rows),
+        "dropped": data.dropped,
         "training_rows": len(training),
         "validation_rows": len(validation),
         "duplicates": data.duplicates,
@@ -198,6 +213,18 @@ def _render_checked(example: Example, tokenizer: Any, max_length: int) -> Traini
     if not rendered.trained_tokens:
         raise InvalidInput("the row has no token to learn", code="no_trained_tokens")
     return rendered
+
+
+def _no_rows(dropped: dict[str, int]) -> InvalidInput:
+    if not dropped:
+        return InvalidInput("the data set has no rows", code="empty_dataset")
+    reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(dropped.items()))
+    return InvalidInput(
+        f"no row is left to train on; left out by {reasons}",
+        code="no_rows_left",
+        field="data",
+        hint="Loosen the filters or the slice of the spec.",
+    )
 
 
 def _sentence(error: InvalidInput) -> str:

@@ -95,8 +95,14 @@ def render_row(example: Example, tokenizer: Any) -> TrainingRow:
     """
     if example.messages is None:
         text, spans = _find_completion(example, tokenizer)
+    elif example.whole:
+        _check_control_tokens(example.messages, tokenizer)
+        text, spans = _render(example.messages, tokenizer, add_generation_prompt=False), []
     else:
         text, spans = _find_answers(example.messages, example.trained, tokenizer)
+    if example.whole:
+        ids = _encode(text, tokenizer)
+        return TrainingRow(ids, list(ids), text, [Span(0, len(text))])
     ids, offsets, firsts = _tokenise(text, [span.start for span in spans], tokenizer)
 
     labels = [IGNORED_LABEL] * len(ids)
@@ -135,16 +141,7 @@ def _find_completion(example: Example, tokenizer: Any) -> tuple[str, list[Span]]
 def _find_answers(
     messages: Sequence[Mapping[str, str]], trained: tuple[int, ...] | None, tokenizer: Any
 ) -> tuple[str, list[Span]]:
-    control = _control_tokens(tokenizer)
-    for index, turn in enumerate(messages):
-        for token in control:
-            if token in turn["content"]:
-                raise InvalidInput(
-                    f"the text holds the control token {token!r}",
-                    code="control_token_in_content",
-                    field=f"messages[{index}].content",
-                    hint="Send plain text; the chat template adds the control tokens.",
-                )
+    _check_control_tokens(messages, tokenizer)
     text = _render(messages, tokenizer, add_generation_prompt=False)
     spans = []
     for index, turn in enumerate(messages):
@@ -161,6 +158,19 @@ def _find_answers(
             )
         spans.append(Span(len(before), _end_of_answer(until, len(before), turn, tokenizer)))
     return text, spans
+
+
+def _check_control_tokens(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> None:
+    control = _control_tokens(tokenizer)
+    for index, turn in enumerate(messages):
+        for token in control:
+            if token in turn["content"]:
+                raise InvalidInput(
+                    f"the text holds the control token {token!r}",
+                    code="control_token_in_content",
+                    field=f"messages[{index}].content",
+                    hint="Send plain text; the chat template adds the control tokens.",
+                )
 
 
 def _end_of_answer(text: str, start: int, turn: Mapping[str, str], tokenizer: Any) -> int:

@@ -48,12 +48,14 @@ class Example:
         trained: Positions of the turns that may be trained; `None` means every assistant turn.
         prompt: Plain text before the completion; empty for a conversation.
         completion: Plain text to be learnt; empty for a conversation.
+        whole: Everything is learnt, whatever `trained` says.
     """
 
     messages: list[dict[str, str]] | None = None
     trained: tuple[int, ...] | None = None
     prompt: str = ""
     completion: str = ""
+    whole: bool = False
 
 
 def check_row(row: Mapping[str, Any], format: DatasetFormat) -> list[Problem]:  # noqa: A002

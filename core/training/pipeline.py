@@ -148,6 +148,7 @@ def _render(task: TrainTask, tokenizer: Any, monitor: Monitor) -> RenderedDatase
         task.data_format,
         tokenizer,
         max_length=row_limit(task.spec, read_context_length(task.base.path)),
+        spec=task.spec.data,
         check_stop=monitor.check_stop,
     )
     check_row_count(task.spec, len(data.rows))

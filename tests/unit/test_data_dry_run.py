@@ -44,6 +44,7 @@ def test_the_report_counts_what_training_will_see(tmp_path: Path, tokenizer: Any
     assert report == {
         "format": "prompt_completion",
         "rows": 11,
+        "dropped": {},
         "training_rows": 9,
         "validation_rows": 2,
         "duplicates": 1,
