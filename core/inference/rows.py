@@ -1,0 +1,69 @@
+"""Rows: the growing texts that a base model computes side by side.
+
+Owns what the scheduler and a model say to each other. A row has a prompt, an adapter or none, and
+a place in the model's cache; the model never sees requests, and the scheduler never sees tensors
+other than logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(eq=False)
+class Row:
+    """One text while it grows.
+
+    Attributes:
+        adapter: Digest of the adapter that computes it; `None` is the base model.
+        prompt_ids: Its prompt.
+        length: Tokens in the cache.
+        cache: The model's own.
+    """
+
+    adapter: str | None
+    prompt_ids: list[int]
+    length: int = 0
+    cache: Any = None
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the whole prompt is in the cache."""
+        return self.length >= len(self.prompt_ids)
+
+
+class RowModel(Protocol):
+    """Computes logits for rows of any mixture of adapters; used from one thread."""
+
+    def open_row(self, adapter: str | None, prompt_ids: list[int]) -> Row:
+        """Return a row of which nothing is computed yet."""
+        ...
+
+    def prefill(self, row: Row, max_tokens: int) -> Tensor | None:
+        """Compute the next piece of a row's prompt.
+
+        Returns:
+            The logits after its last token, shape (vocabulary,), once the prompt is complete.
+        """
+        ...
+
+    def fork(self, row: Row) -> Row:
+        """Return another row that continues the same text."""
+        ...
+
+    def decode(self, rows: Sequence[Row], token_ids: Sequence[int]) -> Tensor:
+        """Append one token to each row; nothing has changed when this raises.
+
+        Returns:
+            The logits after it, float32, shape (rows, vocabulary).
+        """
+        ...
+
+    def close_row(self, row: Row) -> None:
+        """Forget a row and give its place in the cache back."""
+        ...

@@ -1,0 +1,260 @@
+"""The lean decoder against transformers, for each family and any mixture of adapters."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from core.causal_lm import linear_modules
+from core.inference.gates import AdapterWeights, LoraMatrices
+from core.inference.lean.linear import offered_precisions
+from core.inference.lean.model import LeanModel
+from core.inference.lean.weights import why_not_lean
+from core.inference.rows import Row
+
+VOCABULARY = 97
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+TOLERANCE = 1e-3
+
+
+def llama(**more: Any) -> Any:
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **more}))
+
+
+FAMILIES = {
+    "llama": llama,
+    "llama_tied": lambda: llama(tie_word_embeddings=True),
+    "llama_biased": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama_stretched": lambda: llama(
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+}
+
+
+def make_model(family: str) -> Any:
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    with torch.no_grad():
+        # Fresh norms and biases are ones and zeros, which would hide a mistake in folding them.
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+                assert name
+    return model.float().eval()
+
+
+def make_adapter(model: Any, number: int, rank: int, pattern: str = "") -> AdapterWeights:
+    generator = torch.Generator().manual_seed(number)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    return AdapterWeights(
+        digest=f"digest-{number}",
+        r=rank,
+        lora_alpha=2.0 * rank,
+        use_rslora=number % 2 == 1,
+        modules={
+            name: LoraMatrices(matrix(rank, inputs), matrix(outputs, rank))
+            for name, (outputs, inputs) in linear_modules(model).items()
+            if pattern in name
+        },
+        template=None,
+        golden_token_ids=[],
+    )
+
+
+def reference(model: Any, adapter: AdapterWeights | None, ids: list[int]) -> torch.Tensor:
+    """Return the last position's logits by transformers with the adapter added by hooks."""
+    hooks = []
+    if adapter is not None:
+        scale = adapter.lora_alpha / (adapter.r**0.5 if adapter.use_rslora else adapter.r)
+        for name, module in model.named_modules():
+            pair = adapter.modules.get(name)
+            if pair is not None:
+                hooks.append(
+                    module.register_forward_hook(
+                        lambda _, given, result, pair=pair: (
+                            result + given[0] @ pair.a.T @ pair.b.T * scale
+                        )
+                    )
+                )
+    try:
+        with torch.inference_mode():
+            logits: torch.Tensor = model(torch.tensor([ids])).logits[0, -1]
+        return logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Texts:
+    """Rows with what they should have been computed from, checked at every logit."""
+
+    def __init__(self, model: Any, lean: LeanModel, adapters: list[AdapterWeights]) -> None:
+        self.model, self.lean = model, lean
+        self.adapters = {adapter.digest: adapter for adapter in adapters}
+        self.ids: dict[Row, list[int]] = {}
+        for adapter in adapters:
+            assert lean.insert(adapter) == set(adapter.modules)
+
+    def open(self, adapter: str | None, prompt: list[int], piece: int = 512) -> Row:
+        row = self.lean.open_row(adapter, prompt)
+        self.ids[row] = list(prompt)
+        logits = None
+        while logits is None:
+            logits = self.lean.prefill(row, piece)
+        self.check(row, logits)
+        return row
+
+    def fork(self, row: Row) -> Row:
+        twin = self.lean.fork(row)
+        self.ids[twin] = list(self.ids[row])
+        return twin
+
+    def step(self, rows: list[Row], token_ids: list[int]) -> None:
+        logits = self.lean.decode(rows, token_ids)
+        for row, token_id, own in zip(rows, token_ids, logits, strict=True):
+            self.ids[row].append(token_id)
+            self.check(row, own)
+
+    def check(self, row: Row, logits: torch.Tensor) -> None:
+        adapter = self.adapters[row.adapter] if row.adapter else None
+        expected = reference(self.model, adapter, self.ids[row])
+        assert (logits - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_come_and_go_with_adapters_of_every_kind(family: str, compiled: bool) -> None:
+    model = make_model(family)
+    assert why_not_lean(model) is None
+    adapters = [
+        make_adapter(model, 0, 4),
+        make_adapter(model, 1, 2, "q_proj"),
+        make_adapter(model, 2, 7, "mlp"),
+        make_adapter(model, 3, 1, "layers.1"),
+        make_adapter(model, 4, 16, "o_proj"),
+    ]
+    texts = Texts(model, LeanModel(model, "float32", compiled=compiled), adapters)
+    rng = random.Random(family)
+    live: list[Row] = []
+    for _ in range(25):
+        if len(live) < 6:
+            prompt = [rng.randrange(VOCABULARY) for _ in range(rng.choice([1, 5, 40]))]
+            digest = rng.choice([None, *texts.adapters])
+            row = texts.open(digest, prompt, piece=rng.choice([3, 16, 512]))
+            live.append(row)
+            if rng.random() < 0.3:
+                live.append(texts.fork(row))
+        chosen = rng.sample(live, rng.randint(1, len(live)))
+        texts.step(chosen, [rng.randrange(VOCABULARY) for _ in chosen])
+        while len(live) > 4 and rng.random() < 0.7:
+            texts.lean.close_row(live.pop(rng.randrange(len(live))))
+    for row in live:
+        texts.lean.close_row(row)
+    assert texts.lean.cache_bytes == 0
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 64, 256])
+def test_ranks_of_every_size_and_the_same_adapter_for_all(rank: int) -> None:
+    model = make_model("llama")
+    texts = Texts(model, LeanModel(model, "float32"), [make_adapter(model, 0, rank)])
+    rows = [texts.open("digest-0", [1, 2, number]) for number in range(4)]
+    texts.step(rows, [5, 6, 7, 8])
+    texts.step(rows[1:], [6, 7, 8])
+
+
+def test_an_adapter_that_comes_back_under_its_name_is_not_confused_with_the_old_one() -> None:
+    model = make_model("llama")
+    first, second = make_adapter(model, 0, 4), make_adapter(model, 1, 4)
+    texts = Texts(model, LeanModel(model, "float32"), [first, second])
+    rows = [texts.open(digest, [1, 2]) for digest in texts.adapters]
+    texts.step(rows, [3, 4])
+    for row in rows:
+        texts.lean.close_row(row)
+    for digest in texts.adapters:
+        texts.lean.remove(digest)
+    for adapter in (second, first):
+        texts.lean.insert(adapter)
+    again = [texts.open(digest, [1, 2]) for digest in texts.adapters]
+    texts.step(again, [3, 4])
+
+
+@pytest.mark.parametrize("precision", offered_precisions(torch.device("cpu")))
+def test_a_rows_logits_do_not_depend_on_its_neighbours(precision: Any) -> None:
+    model = make_model("llama")
+    lean = LeanModel(model, precision)
+    adapters = [make_adapter(model, number, 4) for number in range(3)]
+    for adapter in adapters:
+        lean.insert(adapter)
+
+    def logits(neighbours: int) -> torch.Tensor:
+        digests = ["digest-0", None, "digest-1", "digest-2", "digest-0"][: neighbours + 1]
+        rows = [lean.open_row(digest, [9, 8, 7 + i]) for i, digest in enumerate(digests)]
+        for row in rows:
+            lean.prefill(row, 512)
+        result = lean.decode(rows, [3] * len(rows))[0]
+        for row in rows:
+            lean.close_row(row)
+        return result
+
+    alone = logits(0)
+    scale = alone.abs().max()
+    for neighbours in (1, 2, 4):
+        assert (logits(neighbours) - alone).abs().max() < 1e-4 * scale
+
+
+def test_half_precision_weights_are_nearly_lossless() -> None:
+    if "fp16" not in offered_precisions(torch.device("cpu")):
+        pytest.skip("this processor has no packed float16 product")
+    model = make_model("llama")
+    lean = LeanModel(model, "fp16")
+    prompt = [random.Random(1).randrange(VOCABULARY) for _ in range(60)]
+    exact = torch.log_softmax(model(torch.tensor([prompt])).logits[0], -1)
+    near = torch.log_softmax(lean.logits_of(None, prompt), -1)
+    assert (exact.exp() * (exact - near)).sum(-1).mean() < 1e-4
+
+
+def test_what_the_decoder_cannot_compute_is_named() -> None:
+    gpt = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9))
+    assert "Llama family" in (why_not_lean(gpt) or "")
+    assert "window" in (
+        why_not_lean(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=32))) or ""
+    )
+    assert "activation" in (why_not_lean(llama(hidden_act="gelu")) or "")
