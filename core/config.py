@@ -7,19 +7,31 @@ import os
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from core.secret_files import EnvironmentWithFiles, file_variables_of
 
 # sockaddr_un.sun_path holds 108 bytes on Linux and 104 on macOS, the terminating zero included.
 _MAX_SOCKET_PATH = 100
+# One report may be late without its worker being gone.
+_MISSED_REPORTS = 3
 
 
 class Settings(BaseSettings):
-    """Configuration, each value settable as `TUNESMITH_<NAME>`; shared URLs also without prefix."""
+    """Configuration, each value settable as `TUNESMITH_<NAME>`; shared URLs also without prefix.
+
+    Those of `secrets` may be given as the path of a file that holds them, in `<VARIABLE>_FILE`.
+
+    Raises:
+        InvalidInput: A secret's file is missing, or given beside the secret itself.
+    """
 
     model_config = SettingsConfigDict(env_prefix="TUNESMITH_", extra="ignore", frozen=True)
+
+    secrets: ClassVar[frozenset[str]] = frozenset({"database_url", "broker_url", "engine_secret"})
 
     data_dir: Path = Path("data")
     database_url: str = Field(
@@ -37,7 +49,7 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("TUNESMITH_ARTIFACT_URL", "ARTIFACT_URL"),
     )
     artifact_cache_bytes: int = Field(
-        20 * 1024**3, ge=0, description="Local copies of remote artifacts are kept up to this size."
+        20 * 1024**3, ge=0, description="Copies of a bucket's artifacts are kept up to this size."
     )
     engine_secret: SecretStr = Field(
         SecretStr(""), description="Shared secret of API and engine when they speak over TCP."
@@ -74,10 +86,14 @@ class Settings(BaseSettings):
     quota_stored_bytes: int = Field(0, ge=0, description="Data sets and adapters a project.")
 
     webhook_allow_private: bool = Field(
-        False, description="Deliver webhooks to private and loopback addresses, too."
+        False, description="Send webhooks to private and loopback addresses, too."
     )
-    webhook_max_attempts: int = Field(12, ge=1, le=100)
-    webhook_timeout_seconds: float = Field(10.0, gt=0)
+    webhook_max_attempts: int = Field(
+        12, ge=1, le=100, description="After so many, about three days, a message is dead."
+    )
+    webhook_timeout_seconds: float = Field(
+        10.0, gt=0, description="For a whole exchange with a receiver."
+    )
 
     gc_interval_seconds: float = Field(3600.0, gt=0)
     gc_grace_seconds: float = Field(
@@ -89,7 +105,12 @@ class Settings(BaseSettings):
     keep_jobs_seconds: float = Field(
         0.0, ge=0, description="Ended jobs are removed after this time; 0 keeps them."
     )
-    keep_deliveries_seconds: float = Field(2_592_000.0, ge=0)
+    keep_deliveries_seconds: float = Field(
+        2_592_000.0, ge=0, description="Webhook deliveries that are done are kept so long."
+    )
+    keep_idempotency_seconds: float = Field(
+        2_592_000.0, ge=0, description="How long an Idempotency-Key means the job it created."
+    )
     trainer_max_rss_bytes: int = Field(
         0, description="Recycle the trainer above this size between jobs; 0 is half of the memory."
     )
@@ -100,6 +121,10 @@ class Settings(BaseSettings):
     )
     engine_threads: int = Field(0, ge=0, description="Torch threads of the engine; 0 is all cores.")
     trainer_niceness: int = Field(5, ge=0, le=19)
+    engine_precision: Literal["auto", "float32", "fp16", "bf16"] = Field(
+        "auto",
+        description="How base weights are kept; auto is fp16 on x86 CPUs, bf16 on CUDA.",
+    )
     engine_max_adapters: int = Field(16, ge=1)
     engine_max_waiting: int = Field(64, ge=1)
     generate_timeout_seconds: float = Field(600.0, gt=0)
@@ -142,9 +167,30 @@ class Settings(BaseSettings):
         named = [part.strip() for part in self.engine_urls.split(",") if part.strip()]
         return named or [f"unix:{self.engine_socket}"]
 
+    @property
+    def worker_silence_seconds(self) -> float:
+        """How long a live worker may be silent; it reports at least once per idle poll."""
+        return max(self.lease_seconds, _MISSED_REPORTS * self.idle_poll_seconds)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return where values come from: arguments, then the environment."""
+        return init_settings, EnvironmentWithFiles(settings_cls, cls.secrets)
+
     def environment(self) -> dict[str, str]:
-        """Return the variables that give a child process these same settings."""
-        variables: dict[str, str] = {}
+        """Return the variables that give a child process these same settings.
+
+        Secrets go by value; the variables that name files are emptied, as they would be read again.
+        """
+        variables = {
+            name: "" for field in self.secrets for name in file_variables_of(type(self), field)
+        }
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, SecretStr):

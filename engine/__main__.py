@@ -16,6 +16,7 @@ from core.errors import TunesmithError
 from core.inference.local_engine import LocalEngine
 from core.lifeline import exit_with_parent
 from core.logging import configure, get_logger
+from core.storage import ArtifactStore, open_store
 from engine.listening import open_listener
 from engine.server import create_app
 
@@ -39,16 +40,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     address = options.listen or f"unix:{settings.engine_socket}"
     secret = settings.engine_secret.get_secret_value()
     try:
+        store = open_store(settings)
+    except TunesmithError as error:
+        log.error("engine_has_no_store", message=error.message, hint=error.hint)
+        return 1
+    try:
         listener = open_listener(address, secret=secret)
     except TunesmithError as error:
         log.error("engine_cannot_listen", message=error.message, hint=error.hint)
         return 1
     log.info("engine_listening", address=address)
     over_tcp = listener.family != socket.AF_UNIX
-    return _serve(settings, listener, secret if over_tcp else None)
+    return _serve(settings, store, listener, secret if over_tcp else None)
 
 
-def _serve(settings: Settings, listener: socket.socket, secret: str | None) -> int:
+def _serve(
+    settings: Settings, store: ArtifactStore, listener: socket.socket, secret: str | None
+) -> int:
     crashed = False
 
     def on_crash() -> None:
@@ -58,6 +66,7 @@ def _serve(settings: Settings, listener: socket.socket, secret: str | None) -> i
 
     engine = LocalEngine(
         lambda: _make_runner(settings),
+        store.adapter_path,
         max_adapters=settings.engine_max_adapters,
         max_waiting=settings.engine_max_waiting,
         on_crash=on_crash,
@@ -92,7 +101,7 @@ def _make_runner(settings: Settings) -> TransformersRunner:
     silence_libraries()
     from core.inference.transformers_runner import TransformersRunner
 
-    return TransformersRunner(settings.device, settings.engine_threads)
+    return TransformersRunner(settings.device, settings.engine_threads, settings.engine_precision)
 
 
 if __name__ == "__main__":

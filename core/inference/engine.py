@@ -46,15 +46,13 @@ class BaseModelRef(_Value):
 
 
 class AdapterRef(_Value):
-    """An adapter on this machine's disk; `digest` alone identifies it.
+    """A published adapter, which each engine finds in the artifact store by itself.
 
     Attributes:
         digest: Content digest; every cache is keyed by it.
-        path: Directory of the published artifact, `manifest.json` included.
     """
 
     digest: str
-    path: str
 
 
 class SamplingParams(_Value):
@@ -232,8 +230,9 @@ class Engine(Protocol):
 
         Raises:
             InvalidInput: The prompt does not fit the context, or a field cannot be honoured.
+            NotFound: The adapter's files are gone.
             Conflict: The adapter does not belong to this base model or failed a gate.
-            Unavailable: The engine is starting, full or gone.
+            Unavailable: The engine is starting, full or gone, or cannot reach the artifact store.
         """
         ...
 
@@ -241,8 +240,9 @@ class Engine(Protocol):
         """Make an adapter resident, through all gates.
 
         Raises:
+            NotFound: The adapter's files are gone.
             Conflict: A gate refused it; the code and hint name which and why.
-            Unavailable: The engine is starting, full or gone.
+            Unavailable: The engine is starting, full or gone, or cannot reach the artifact store.
         """
         ...
 

@@ -1,9 +1,10 @@
 """The engine thread: it alone touches the model, the bank and the list of requests.
 
 Owns admission in order of arrival, the stages a request passes (base model, adapter, prompt,
-decoding) and the turns: one step per request, round and round, so that a long answer does not
-block a short one. Reading files and tokenising happen in a small pool beside it. Knows no torch
-and no asyncio: the runner computes, and each piece of work says where its events go.
+decoding) and the beat: all answers of a base model advance by one token in one step, whatever their
+adapters, and between two steps one prompt is read a piece further. Fetching and reading files, and
+tokenising, happen in small pools beside it. Knows no torch and no asyncio: the runner computes, and
+each piece of work says where its events go.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from core.errors import Conflict, TunesmithError, Unavailable, from_wire, to_wire
 from core.inference.adapter_bank import AdapterBank, AdapterKey
 from core.inference.engine import EngineStatus
+from core.inference.prefill_pace import PrefillPace
 from core.inference.prompts import EncodedPrompt
-from core.inference.work import Work
+from core.inference.work import Line, Work
 from core.logging import get_logger
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ class EngineThread:
 
     Args:
         make_runner: Called in the thread; imports the model libraries.
+        locate_adapter: Digest → directory of its files; may download, so other threads call it.
         max_adapters: Adapters in memory.
         max_waiting: Requests that may wait; further ones are refused.
         max_rows: Answers that may be computed at a time.
@@ -47,6 +51,7 @@ class EngineThread:
     def __init__(
         self,
         make_runner: Callable[[], TransformersRunner],
+        locate_adapter: Callable[[str], Path],
         *,
         max_adapters: int,
         max_waiting: int,
@@ -54,6 +59,7 @@ class EngineThread:
         on_crash: Callable[[], None],
     ) -> None:
         self._make_runner = make_runner
+        self._locate_adapter = locate_adapter
         self._max_waiting = max_waiting
         self._max_rows = max_rows
         self._on_crash = on_crash
@@ -61,6 +67,8 @@ class EngineThread:
             queue.SimpleQueue()
         )
         self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="engine-files")
+        # Of their own: however long downloads take, prompts are encoded meanwhile.
+        self._adapter_pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="engine-adapters")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._runner: TransformersRunner
@@ -68,7 +76,9 @@ class EngineThread:
 
         self._waiting: deque[Work] = deque()
         self._admitted: list[Work] = []
-        self._decoding: deque[Work] = deque()
+        self._prefilling: deque[Work] = deque()
+        self._decoding: list[Work] = []
+        self._pace = PrefillPace()
         self._waiting_for_base: dict[str, list[Work]] = {}
         self._waiting_for_adapter: dict[AdapterKey, list[Work]] = {}
         self._prompt_tokens = 0
@@ -126,8 +136,7 @@ class EngineThread:
         work.cancelled = True
         if work in self._waiting:
             self._waiting.remove(work)
-        elif work in self._decoding:
-            self._decoding.remove(work)
+        elif work in self._decoding or work in self._prefilling:
             self._end(work)
 
     def unload(self, digest: str) -> bool:
@@ -167,7 +176,8 @@ class EngineThread:
         finally:
             self.ready.clear()
             self.ended.set()
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (self._pool, self._adapter_pool):
+                pool.shutdown(wait=False, cancel_futures=True)
             self._fail_everything()
             if crashed:
                 self._on_crash()
@@ -187,7 +197,7 @@ class EngineThread:
                 future.set_exception(_stopped())
 
     def _take_commands(self) -> None:
-        if not self._decoding:
+        if not (self._decoding or self._prefilling):
             _run_command(*self._inbox.get())
         while True:
             try:
@@ -219,6 +229,7 @@ class EngineThread:
         waiters.append(work)
         if len(waiters) == 1:
             self._in_pool(
+                self._pool,
                 lambda: self._runner.load_base(work.base_model),
                 lambda future: self._base_loaded(digest, future),
             )
@@ -236,8 +247,8 @@ class EngineThread:
             self._need_adapter(work)
 
     def _need_adapter(self, work: Work) -> None:
-        adapter, key = work.adapter, work.key
-        if adapter is None or key is None or self._bank.is_resident(key):
+        key = work.key
+        if key is None or self._bank.is_resident(key):
             self._need_prompt(work)
             return
         waiters = self._waiting_for_adapter.setdefault(key, [])
@@ -245,7 +256,10 @@ class EngineThread:
         if len(waiters) == 1:
             started = time.monotonic()
             self._in_pool(
-                lambda: self._runner.read_adapter(key.base_digest, adapter),
+                self._adapter_pool,
+                lambda: self._runner.read_adapter(
+                    key.base_digest, key.digest, self._locate_adapter(key.digest)
+                ),
                 lambda future: self._adapter_read(key, started, future),
             )
 
@@ -280,7 +294,9 @@ class EngineThread:
             base = self._runner.bases[work.base_model.digest]
             encoder = base.encoder(work.adapter.digest if work.adapter else None)
             self._in_pool(
-                lambda: encoder.encode(request), lambda future: self._prompt_encoded(work, future)
+                self._pool,
+                lambda: encoder.encode(request),
+                lambda future: self._prompt_encoded(work, future),
             )
 
     def _prompt_encoded(self, work: Work, future: Future[EncodedPrompt]) -> None:
@@ -294,33 +310,83 @@ class EngineThread:
             self._end(work, _deliberate(error))
             return
         self._prompt_tokens += len(prompt.ids)
-        self._decoding.append(work)
+        self._prefilling.append(work)
 
     def _step(self) -> None:
-        """Give the request whose turn it is one step."""
-        if not self._decoding:
-            return
-        work = self._decoding.popleft()
+        """Give every answer a token and one prompt a piece: one beat of the engine."""
+        for lines in self._by_base():
+            self._decode(lines)
+        if self._prefilling:
+            self._prefill(self._prefilling.popleft())
+
+    def _by_base(self) -> list[list[Line]]:
+        lines: dict[int, list[Line]] = {}
+        for work in self._decoding:
+            lines.setdefault(id(work.base), []).extend(work.live_lines())
+        return list(lines.values())
+
+    def _decode(self, lines: list[Line]) -> None:
+        base = lines[0].work.base
+        started = time.monotonic()
         try:
-            self._completion_tokens += work.step()
+            choices = base.decode_lines(lines)
+        except Exception as error:
+            if len(lines) == 1:
+                self._end(lines[0].work, _deliberate(error))
+                return
+            # One of them is to blame, perhaps for too much memory; the others shall not pay for it.
+            log.warning("step_failed", rows=len(lines), error=repr(error))
+            for line in lines:
+                if line.work in self._decoding:
+                    self._decode([line])
+            return
+        self._pace.note_step(time.monotonic() - started)
+        self._completion_tokens += len(lines)
+        failed: dict[Work, TunesmithError] = {}
+        for line, choice in zip(lines, choices, strict=True):
+            if isinstance(choice, TunesmithError):
+                failed[line.work] = choice
+            elif line.work not in failed:
+                line.work.push(line, choice)
+        for work in {line.work: None for line in lines}:
+            if work in failed or work.finished:
+                self._end(work, failed.get(work))
+
+    def _prefill(self, work: Work) -> None:
+        piece = min(self._pace.piece(others_wait=bool(self._decoding)), work.prompt_left)
+        started = time.monotonic()
+        try:
+            self._completion_tokens += work.prefill(piece)
         except Exception as error:
             self._end(work, _deliberate(error))
             return
-        if work.finished:
+        self._pace.note_piece(piece, time.monotonic() - started)
+        if not work.prefilled:
+            self._prefilling.append(work)
+        elif work.finished:
             self._end(work)
         else:
             self._decoding.append(work)
 
     def _end(self, work: Work, error: TunesmithError | None = None) -> None:
         self._admitted.remove(work)
+        for queued in (self._prefilling, self._decoding):
+            if work in queued:
+                queued.remove(work)
+        work.close()
         if work.key is not None:
             self._bank.unpin(work.key)
         if error is not None:
             work.fail(error)
         self._admit()
 
-    def _in_pool(self, task: Callable[[], Any], then: Callable[[Future[Any]], None]) -> None:
-        future = self._pool.submit(task)
+    def _in_pool(
+        self,
+        pool: ThreadPoolExecutor,
+        task: Callable[[], Any],
+        then: Callable[[Future[Any]], None],
+    ) -> None:
+        future = pool.submit(task)
         future.add_done_callback(lambda done: self._inbox.put((lambda: then(done), None)))
 
 

@@ -30,7 +30,6 @@ from core.artifacts import (
     verify_files,
 )
 from core.errors import Conflict, InvalidInput
-from core.inference.engine import AdapterRef
 
 _REPUBLISH = "Train or import the adapter again."
 
@@ -86,18 +85,22 @@ class AdapterWeights:
         return sum(m.a.nbytes + m.b.nbytes for m in self.modules.values())
 
 
-def read_adapter(adapter: AdapterRef, base: BaseFacts) -> AdapterWeights:
+def read_adapter(directory: Path, digest: str, base: BaseFacts) -> AdapterWeights:
     """Read an adapter's files through all gates that need no model.
+
+    Args:
+        directory: Holds the files of a published artifact.
+        digest: Of the adapter that was asked for.
+        base: The base model that it has to fit.
 
     Raises:
         Conflict: Code `digest_mismatch`, `invalid_manifest`, `base_model_mismatch`,
             `tokenizer_mismatch`, `template_mismatch`, `invalid_adapter_config`,
             `invalid_adapter_weights`, `adapter_shape_mismatch` or `adapter_not_finite`.
     """
-    directory = Path(adapter.path)
     try:
         manifest = read_manifest(directory)
-        _check_identity(adapter, manifest)
+        _check_identity(digest, manifest)
         verify_files(directory, manifest)
         _check_origin(directory, manifest, base)
         config = check_adapter_config(directory / CONFIG_FILE)
@@ -169,8 +172,8 @@ def check_effect(base_logits: Tensor, adapter_logits: Tensor) -> None:
         )
 
 
-def _check_identity(adapter: AdapterRef, manifest: Manifest) -> None:
-    if manifest.digest != adapter.digest:
+def _check_identity(digest: str, manifest: Manifest) -> None:
+    if manifest.digest != digest:
         raise Conflict(
             "the stored adapter is not the one that was asked for",
             code="digest_mismatch",

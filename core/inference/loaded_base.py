@@ -1,31 +1,26 @@
-"""A base model in memory, and the adapters injected into it.
+"""A base model in memory: its rows, its tokenizer, and the gates that its adapters pass.
 
-Owns the weights and the one way to compute with them: `forward`, which names the adapter of every
-single pass. Used from the engine thread only, except for what its docstrings say otherwise.
+Used from the engine thread only, except for what its docstrings say otherwise.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import LoraConfig, LoraModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from core.inference.decoding import Decoding
+from core.errors import TunesmithError
 from core.inference.engine import SamplingParams
-from core.inference.gates import (
-    AdapterWeights,
-    BaseFacts,
-    LoraMatrices,
-    check_applied,
-    check_effect,
-)
+from core.inference.gates import AdapterWeights, BaseFacts, check_applied, check_effect
+from core.inference.generation import TokenChoice
 from core.inference.prompts import PromptEncoder
-from core.inference.sampling import RowSampler
+from core.inference.rows import RowModel
+from core.inference.sampling import RowSampler, choose_tokens
+
+if TYPE_CHECKING:
+    from core.inference.work import Line
 
 # Enough positions to see an effect; more would only take time from running requests.
 _MAX_GOLDEN_TOKENS = 64
@@ -35,38 +30,38 @@ class LoadedBase:
     """One base model with its adapters.
 
     Args:
-        model: In evaluation mode, without gradients, untouched by PEFT.
+        rows: Computes.
         tokenizer: Its tokenizer.
         facts: What adapters are matched against.
         eos_ids: Tokens that end an answer.
         context_length: Tokens that prompt and answer may have together.
     """
 
-    precision = "float32"
-
     def __init__(
         self,
-        model: Any,
+        rows: RowModel,
         tokenizer: Any,
         facts: BaseFacts,
         eos_ids: frozenset[int],
         context_length: int,
     ) -> None:
-        self.model = model
+        self.rows = rows
         self.tokenizer = tokenizer
         self.facts = facts
         self.eos_ids = eos_ids
         self._context_length = context_length
-        self._device: torch.device = model.device
-        self._tuner: Any = None
-        self._layers: list[Any] = []
         self._encoders: dict[str | None, PromptEncoder] = {
             None: PromptEncoder(tokenizer, context_length)
         }
         self._golden: tuple[tuple[int, ...], Tensor] | None = None
 
+    @property
+    def precision(self) -> str:
+        """How the weights are kept, such as `float32`."""
+        return self.rows.precision
+
     def encoder(self, adapter: str | None) -> PromptEncoder:
-        """Return the prompt encoder of an injected adapter, or of the base model itself."""
+        """Return the prompt encoder of a resident adapter, or of the base model itself."""
         return self._encoders[adapter]
 
     def decode(self, ids: list[int]) -> str:
@@ -79,59 +74,28 @@ class LoadedBase:
         """Return one token's own text; safe from any thread."""
         return str(self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
 
-    def start(
-        self, adapter: str | None, prompt_ids: list[int], sampling: SamplingParams
-    ) -> Decoding:
-        """Return the decoding of a prompt with an injected adapter, or with the base model."""
-        from transformers import DynamicCache
+    def sampler(
+        self, sampling: SamplingParams, answer: int, prompt_ids: Sequence[int]
+    ) -> RowSampler:
+        """Return what chooses the tokens of one answer."""
+        return RowSampler(sampling, answer, prompt_ids, self.eos_ids)
 
-        def forward(input_ids: Tensor, cache: Any) -> Tensor:
-            return self.forward(adapter, input_ids, cache=cache, logits_to_keep=1)[:, -1]
+    def decode_lines(self, lines: Sequence[Line]) -> list[TokenChoice | TunesmithError]:
+        """Compute one step of several answers and choose their next tokens.
 
-        samplers = [
-            RowSampler(sampling, row, prompt_ids, self.eos_ids) for row in range(sampling.n)
-        ]
-        cache = DynamicCache(config=self.model.config)
-        return Decoding(forward, cache, prompt_ids, samplers, self._device)
-
-    @torch.inference_mode()
-    def forward(
-        self,
-        adapter: str | None,
-        input_ids: Tensor,
-        *,
-        cache: Any = None,
-        logits_to_keep: int = 0,
-    ) -> Tensor:
-        """Compute logits with exactly the named adapter, or with the base weights alone.
-
-        Args:
-            adapter: Digest of an injected adapter, or `None`.
-            input_ids: Shape (rows, tokens).
-            cache: Extended in place.
-            logits_to_keep: Only so many last positions; 0 keeps all.
-
-        Returns:
-            Logits of shape (rows, positions, vocabulary).
+        An answer for which that fails has its error in the place of the token.
         """
-        self._activate([] if adapter is None else [adapter])
-        output = self.model(
-            input_ids=input_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=logits_to_keep,
-        )
-        logits: Tensor = output.logits
-        return logits
+        logits = self.rows.decode([line.row for line in lines], [line.last_token for line in lines])
+        return choose_tokens(logits, [line.sampler for line in lines])
 
     def insert(self, weights: AdapterWeights) -> None:
-        """Inject an adapter, through the gates that need the model; on refusal nothing stays.
+        """Make an adapter resident, through the gates that need the model; or leave no trace.
 
         Raises:
             Conflict: Code `adapter_not_applied`, `adapter_not_finite` or `adapter_has_no_effect`.
         """
         try:
-            self._inject(weights)
+            check_applied(self.rows.insert(weights), weights.modules)
             self._check_effect(weights)
         except BaseException:
             self.remove(weights.digest)
@@ -142,69 +106,12 @@ class LoadedBase:
         self._encoders[weights.digest] = PromptEncoder(tokenizer, self._context_length)
 
     def remove(self, digest: str) -> None:
-        """Take an adapter out of the model; a no-op for one that is not there."""
-        self._activate([])
-        for layer in self._layers:
-            layer.delete_adapter(digest)
-        if self._tuner is not None:
-            self._tuner.peft_config.pop(digest, None)
+        """Forget an adapter; a no-op for one that is not there."""
+        self.rows.remove(digest)
         self._encoders.pop(digest, None)
-
-    def applied_modules(self, digest: str) -> dict[str, Any]:
-        """Return the modules that hold matrices of an adapter, by name."""
-        return {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, LoraLayer) and digest in module.lora_A
-        }
-
-    def _activate(self, adapters: list[str]) -> None:
-        """Make every layer use these adapters; layers without them compute with base weights."""
-        for layer in self._layers:
-            # What LoraLayer.set_adapter does, without its walk over all matrices for the sake of
-            # gradients, which takes as long as a quarter of a decoding step.
-            layer._active_adapter = adapters
-            if layer.active_adapters != adapters or layer.merged or layer.disable_adapters:
-                raise RuntimeError("an adapter layer did not accept the choice of the adapter")
-
-    def _inject(self, weights: AdapterWeights) -> None:
-        config = LoraConfig(
-            r=weights.r,
-            lora_alpha=weights.lora_alpha,
-            use_rslora=weights.use_rslora,
-            target_modules=sorted(weights.modules),
-            lora_dropout=0.0,
-            bias="none",
-            init_lora_weights=False,
-            inference_mode=True,
-        )
-        try:
-            if self._tuner is None:
-                self._tuner = LoraModel(self.model, config, weights.digest)
-            else:
-                self._tuner.peft_config[weights.digest] = config
-                # PEFT looks up the config of what it believes active, which may have been removed.
-                self._tuner.active_adapter = weights.digest
-                self._tuner.inject_adapter(self.model, weights.digest)
-        finally:
-            self._layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
-        applied = self.applied_modules(weights.digest)
-        check_applied(applied, weights.modules)
-        _copy_matrices(applied, weights.digest, weights.modules)
-        self.model.eval()
 
     def _check_effect(self, weights: AdapterWeights) -> None:
         ids = tuple(weights.golden_token_ids[:_MAX_GOLDEN_TOKENS])
-        golden = torch.tensor([ids], device=self._device)
         if self._golden is None or self._golden[0] != ids:
-            self._golden = (ids, self.forward(None, golden))
-        check_effect(self._golden[1], self.forward(weights.digest, golden))
-
-
-@torch.no_grad()
-def _copy_matrices(
-    applied: Mapping[str, Any], digest: str, matrices: Mapping[str, LoraMatrices]
-) -> None:
-    for name, layer in applied.items():
-        layer.lora_A[digest].weight.copy_(matrices[name].a)
-        layer.lora_B[digest].weight.copy_(matrices[name].b)
+            self._golden = (ids, self.rows.logits_of(None, ids))
+        check_effect(self._golden[1], self.rows.logits_of(weights.digest, ids))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from core.errors import TunesmithError, Unavailable
@@ -36,6 +37,7 @@ class LocalEngine:
 
     Args:
         make_runner: Called in the engine thread; imports the model libraries there.
+        locate_adapter: Digest → directory of its files; may download, so other threads call it.
         max_adapters: Adapters in memory.
         max_waiting: Requests that may wait; further ones are refused.
         max_rows: Answers that may be computed at a time.
@@ -45,6 +47,7 @@ class LocalEngine:
     def __init__(
         self,
         make_runner: Callable[[], TransformersRunner],
+        locate_adapter: Callable[[str], Path],
         *,
         max_adapters: int = 16,
         max_waiting: int = 64,
@@ -53,6 +56,7 @@ class LocalEngine:
     ) -> None:
         self._thread = EngineThread(
             make_runner,
+            locate_adapter,
             max_adapters=max_adapters,
             max_waiting=max_waiting,
             max_rows=max_rows,

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from core.inference.gates import AdapterWeights
+
 
 @dataclass(eq=False)
 class Row:
@@ -39,6 +41,28 @@ class Row:
 
 class RowModel(Protocol):
     """Computes logits for rows of any mixture of adapters; used from one thread."""
+
+    @property
+    def precision(self) -> str:
+        """How the weights are kept, such as `float32`."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """What open rows take; 0 when there are none."""
+        ...
+
+    def insert(self, weights: AdapterWeights) -> set[str]:
+        """Make an adapter resident; return the names of the modules that it changes."""
+        ...
+
+    def remove(self, digest: str) -> None:
+        """Forget an adapter; a no-op for one that is not there."""
+        ...
+
+    def logits_of(self, adapter: str | None, token_ids: Sequence[int]) -> Tensor:
+        """Return the logits of every position of a text by itself, (tokens, vocabulary)."""
+        ...
 
     def open_row(self, adapter: str | None, prompt_ids: list[int]) -> Row:
         """Return a row of which nothing is computed yet."""

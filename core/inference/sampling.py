@@ -7,6 +7,7 @@ that a seed means the same on every device and whatever the neighbours do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -53,6 +54,29 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(removed).scatter(0, order, removed), float("-inf"))
 
 
+def choose_tokens(
+    logits: Tensor, samplers: Sequence[RowSampler]
+) -> list[TokenChoice | TunesmithError]:
+    """Choose the next token of every row; an error takes the place of its own row alone.
+
+    Args:
+        logits: Shape (rows, vocabulary).
+        samplers: One for each row.
+    """
+    logits = logits.to("cpu", torch.float32)
+    best, ids = (values.tolist() for values in logits.max(dim=1))
+    chosen: list[TokenChoice | TunesmithError] = []
+    for row, sampler in enumerate(samplers):
+        if sampler.takes_the_best and math.isfinite(best[row]):
+            chosen.append(sampler.accept(ids[row]))
+            continue
+        try:
+            chosen.append(sampler.choose(logits[row]))
+        except TunesmithError as error:
+            chosen.append(error)
+    return chosen
+
+
 class RowSampler:
     """Chooses the tokens of one answer.
 
@@ -80,6 +104,23 @@ class RowSampler:
         else:
             self._generator.manual_seed(sampling.seed + row)
 
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether the next token is just the one with the highest logit, and nothing is asked."""
+        sampling = self._sampling
+        return (
+            sampling.temperature < _GREEDY_BELOW
+            and sampling.repetition_penalty == 1.0
+            and self._chosen >= sampling.min_new_tokens
+            and sampling.logprobs is None
+        )
+
+    def accept(self, token_id: int) -> TokenChoice:
+        """Note a token that was chosen elsewhere."""
+        self._seen.add(token_id)
+        self._chosen += 1
+        return TokenChoice(token_id)
+
     def choose(self, raw: Tensor) -> TokenChoice:
         """Choose the next token.
 
@@ -95,10 +136,9 @@ class RowSampler:
                 "the model computed values that are not numbers", code="logits_not_finite"
             )
         token_id = self._pick(self._shape(raw))
-        self._seen.add(token_id)
-        self._chosen += 1
+        choice = self.accept(token_id)
         if self._sampling.logprobs is None:
-            return TokenChoice(token_id)
+            return choice
         logprobs = raw.log_softmax(dim=-1)
         best = torch.topk(logprobs, min(self._sampling.logprobs, logprobs.numel()))
         return TokenChoice(

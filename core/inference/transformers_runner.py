@@ -1,13 +1,13 @@
-"""Base models in memory, computed by transformers and PEFT in float32.
+"""Base models in memory.
 
-Owns loading and verifying base models, and which of them are there. The first runner of the engine:
-correct for any causal language model that transformers loads, fast for none.
+Owns loading and verifying base models, which of them are there, and by which path each computes:
+the lean decoder where it can, transformers and PEFT for every other causal language model.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,12 +17,20 @@ from core.data.rendering import end_token_ids
 from core.data.tokenizer import load_tokenizer
 from core.errors import Conflict, InvalidInput
 from core.inference.adapter_bank import AdapterKey
-from core.inference.engine import AdapterRef, BaseModelRef
+from core.inference.engine import BaseModelRef
 from core.inference.gates import AdapterWeights, BaseFacts, read_adapter
+from core.inference.lean.linear import Precision, offered_precisions
+from core.inference.lean.model import LeanModel
+from core.inference.lean.weights import why_not_lean
 from core.inference.loaded_base import LoadedBase
+from core.inference.peft_rows import PeftRows
+from core.inference.rows import RowModel
+from core.logging import get_logger
 
 # For architectures that state no limit of their own.
 _UNLIMITED_CONTEXT = 1_000_000
+
+log = get_logger(__name__)
 
 
 class TransformersRunner:
@@ -31,12 +39,19 @@ class TransformersRunner:
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         threads: Torch threads; 0 leaves torch's choice, all cores.
+        precision: Of the base weights on the lean path; `auto` is the device's preferred one.
     """
 
-    def __init__(self, device: str = "auto", threads: int = 0) -> None:
+    def __init__(
+        self,
+        device: str = "auto",
+        threads: int = 0,
+        precision: Precision | Literal["auto"] = "auto",
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.device = select_device(device)
+        self._precision = precision
         self.bases: dict[str, LoadedBase] = {}
 
     def load_base(self, ref: BaseModelRef) -> LoadedBase:
@@ -68,16 +83,31 @@ class TransformersRunner:
             linear_modules=linear_modules(model),
         )
         return LoadedBase(
-            model, tokenizer, facts, _eos_ids(model, tokenizer), _context_length(model)
+            self._rows(model, ref.name),
+            tokenizer,
+            facts,
+            _eos_ids(model, tokenizer),
+            _context_length(model),
         )
 
-    def read_adapter(self, base_digest: str, ref: AdapterRef) -> AdapterWeights:
+    def _rows(self, model: Any, name: str) -> RowModel:
+        obstacle = why_not_lean(model)
+        offered = offered_precisions(self.device)
+        precision = offered[0] if self._precision == "auto" else self._precision
+        if obstacle is None and precision in offered:
+            log.info("base_model_is_lean", model=name, precision=precision)
+            return LeanModel(model, precision)
+        reason = obstacle or f"{self.device.type} does not compute in {precision}"
+        log.info("base_model_is_generic", model=name, reason=reason)
+        return PeftRows(model)
+
+    def read_adapter(self, base_digest: str, digest: str, directory: Path) -> AdapterWeights:
         """Read an adapter of a loaded base model from disk; safe from any thread.
 
         Raises:
             Conflict: See `core.inference.gates.read_adapter`.
         """
-        return read_adapter(ref, self.bases[base_digest].facts)
+        return read_adapter(directory, digest, self.bases[base_digest].facts)
 
     def remove_adapter(self, key: AdapterKey) -> None:
         """Take an adapter out of memory."""

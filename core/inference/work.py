@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
 from core.errors import TunesmithError, from_wire, to_wire
@@ -19,15 +20,35 @@ from core.inference.engine import (
     Started,
     Timings,
 )
-from core.inference.generation import Answer
+from core.inference.generation import Answer, TokenChoice
 from core.inference.prompts import EncodedPrompt
 
 if TYPE_CHECKING:
-    from core.inference.decoding import Decoding
     from core.inference.loaded_base import LoadedBase
+    from core.inference.rows import Row
+    from core.inference.sampling import RowSampler
 
 # What becomes of a piece of work: events, or an error in place of the first one.
 Outcome = Union["EngineEvent", ResidentAdapter, TunesmithError]
+
+
+@dataclass(eq=False)
+class Line:
+    """One answer of a request: its row, how its tokens are chosen, and its text."""
+
+    work: Work
+    row: Row
+    sampler: RowSampler
+    answer: Answer
+    last_token: int = -1
+
+    def push(self, choice: TokenChoice) -> None:
+        """Take the next token, deliver its events, and give the row back after the last one."""
+        self.last_token = choice.token_id
+        for event in self.answer.push(choice):
+            self.work.deliver(event)
+        if self.answer.finish_reason is not None:
+            self.work.base.rows.close_row(self.row)
 
 
 class Work:
@@ -57,14 +78,15 @@ class Work:
         self._submitted = self._admitted = self._loaded = time.monotonic()
         self._first_token: float | None = None
         self._started = False
-        self._decoding: Decoding
-        self._answers: list[Answer] = []
+        self._lines: list[Line] = []
+        self.base: LoadedBase
+        self.prefilled = False
         self._prompt_tokens = 0
 
     @property
     def finished(self) -> bool:
         """Whether every answer has ended."""
-        return all(answer.finish_reason is not None for answer in self._answers)
+        return all(line.answer.finish_reason is not None for line in self._lines)
 
     def note_admitted(self) -> None:
         """The wait in the queue is over."""
@@ -75,20 +97,26 @@ class Work:
         self._loaded = time.monotonic()
 
     def start(self, base: LoadedBase, prompt: EncodedPrompt) -> None:
-        """Make ready for `step` and deliver `Started`."""
+        """Make ready for `prefill` and deliver `Started`."""
         assert self.request is not None
         sampling = self.request.sampling
         digest = self.adapter.digest if self.adapter else None
-        self._decoding = base.start(digest, prompt.ids, sampling)
-        self._answers = [
-            Answer(
-                index,
-                prompt_ids=prompt.ids,
-                decode=base.decode,
-                token_text=base.token_text,
-                eos_ids=base.eos_ids,
-                sampling=sampling,
-                max_new_tokens=prompt.max_new_tokens,
+        self.base = base
+        first = base.rows.open_row(digest, prompt.ids)
+        self._lines = [
+            Line(
+                work=self,
+                row=first,
+                sampler=base.sampler(sampling, index, prompt.ids),
+                answer=Answer(
+                    index,
+                    prompt_ids=prompt.ids,
+                    decode=base.decode,
+                    token_text=base.token_text,
+                    eos_ids=base.eos_ids,
+                    sampling=sampling,
+                    max_new_tokens=prompt.max_new_tokens,
+                ),
             )
             for index in range(sampling.n)
         ]
@@ -103,24 +131,47 @@ class Work:
             )
         )
 
-    def step(self) -> int:
-        """Compute one step and deliver its events, `Done` last of all.
+    @property
+    def prompt_left(self) -> int:
+        """Prompt tokens that are not computed yet."""
+        return self._prompt_tokens - self._lines[0].row.length
+
+    def prefill(self, max_tokens: int) -> int:
+        """Compute a piece of the prompt, and with its last piece every answer's first token.
 
         Returns:
-            How many tokens were chosen.
+            How many tokens were chosen; 0 while the prompt is not complete.
         """
-        choices = self._decoding.advance()
-        if choices and self._first_token is None:
-            self._first_token = time.monotonic()
-        for row, choice in choices:
-            for event in self._answers[row].push(choice):
-                self.deliver(event)
-        ended = {answer.index for answer in self._answers if answer.finish_reason is not None}
+        first, *others = self._lines
+        logits = self.base.rows.prefill(first.row, max_tokens)
+        if logits is None:
+            return 0
+        for line in others:
+            line.row = self.base.rows.fork(first.row)
+        self.prefilled = True
+        self._first_token = time.monotonic()
+        for line in self._lines:
+            line.push(line.sampler.choose(logits))
+        self._conclude()
+        return len(self._lines)
+
+    def live_lines(self) -> list[Line]:
+        """Return the answers that want another token."""
+        return [line for line in self._lines if line.answer.finish_reason is None]
+
+    def push(self, line: Line, choice: TokenChoice) -> None:
+        """Take an answer's next token and deliver its events, `Done` last of all."""
+        line.push(choice)
+        self._conclude()
+
+    def close(self) -> None:
+        """Give the rows back."""
+        for line in self._lines:
+            self.base.rows.close_row(line.row)
+
+    def _conclude(self) -> None:
         if self.finished:
             self.deliver(self._done())
-        else:
-            self._decoding.drop(ended)
-        return len(choices)
 
     def fail(self, error: TunesmithError) -> None:
         """Deliver an error: as itself before the first event, as `Failed` afterwards."""
@@ -137,7 +188,7 @@ class Work:
 
         return Done(
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=sum(answer.completion_tokens for answer in self._answers),
+            completion_tokens=sum(line.answer.completion_tokens for line in self._lines),
             timings=Timings(
                 queue_ms=milliseconds(self._submitted, self._admitted),
                 load_ms=milliseconds(self._admitted, self._loaded),

@@ -31,6 +31,7 @@ def service(
 ) -> Iterator[RunningService]:
     root = tmp_path_factory.mktemp("parity")
     threads = {"OMP_NUM_THREADS": "2", "TUNESMITH_ENGINE_THREADS": "0"}
+    threads["TUNESMITH_ENGINE_PRECISION"] = "float32"
     threads["TUNESMITH_TRAINER_THREADS"] = "0"
     running = RunningService(root / "data", {"sample": sample_model_path}, threads)
     try:

@@ -25,11 +25,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+def harness(world: World) -> Iterator[EngineProcess]:
     process = EngineProcess(
-        tmp_path_factory.mktemp("engine") / "data",
+        world.data_dir,
         engine_max_adapters=MAX_ADAPTERS,
         engine_max_waiting=MAX_WAITING,
+        engine_precision="float32",
     )
     try:
         yield process.wait_until_ready()

@@ -15,9 +15,10 @@ from typing import Any, Protocol, TypeVar
 import pytest
 import torch
 
+from core.artifacts import read_manifest
 from core.data.rendering import render_prompt
 from core.data.tokenizer import load_tokenizer
-from core.errors import Conflict, InvalidInput, TunesmithError, Unavailable
+from core.errors import Conflict, InvalidInput, NotFound, TunesmithError, Unavailable
 from core.inference.engine import (
     AdapterRef,
     BaseModelRef,
@@ -25,6 +26,7 @@ from core.inference.engine import (
     GenerateRequest,
     Message,
 )
+from tests.support.adapters import make_adapter
 from tests.support.engine_world import Collected, World, collect, collect_rest, make_request, spoil
 
 MAX_ADAPTERS = 2
@@ -58,16 +60,14 @@ async def is_idle(engine: Engine) -> bool:
     return status.running == 0 and status.waiting == 0
 
 
-def reference_logprobs(
-    base: BaseModelRef, adapter: AdapterRef | None, ids: list[int]
-) -> torch.Tensor:
+def reference_logprobs(base: BaseModelRef, adapter: Path | None, ids: list[int]) -> torch.Tensor:
     """Return log-probabilities by transformers and PEFT alone, shape (tokens, vocabulary)."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter.path).eval()
+        model = PeftModel.from_pretrained(model, adapter).eval()
     with torch.inference_mode():
         return torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], dim=-1)
 
@@ -94,7 +94,8 @@ class EngineContract:
         prompt = render_prompt([m.model_dump() for m in messages], tokenizer).ids
         assert answer.started.prompt_tokens == len(prompt)
         assert answer.started.adapter_digest == (adapter.digest if adapter else None)
-        expected = reference_logprobs(world.base, adapter, prompt + answer.token_ids)
+        files = world.locate_adapter(adapter.digest) if adapter else None
+        expected = reference_logprobs(world.base, files, prompt + answer.token_ids)
         eos = tokenizer.eos_token_id
         for position, entry in enumerate(answer.logprobs[0], start=len(prompt) - 1):
             row = expected[position]
@@ -316,6 +317,17 @@ class EngineContract:
             assert [(await collect(engine, r)).text for r in (plain, tuned)] == before
 
         harness.run(scenario)
+
+    def test_an_adapter_is_found_by_its_digest_as_soon_as_it_is_published(
+        self, harness: Harness, world: World, tmp_path: Path
+    ) -> None:
+        path = make_adapter(tmp_path / "late", Path(world.base.path), seed=44)
+        late = AdapterRef(digest=read_manifest(path).digest)
+        refused = self._refused(harness, make_request(world.base, late))
+        assert (type(refused), refused.code) == (NotFound, "adapter_files_missing")
+        world.keep(path)
+        answer = harness.run(lambda engine: collect(engine, make_request(world.base, late)))
+        assert answer.started.adapter_digest == late.digest
 
     def test_a_changed_base_model_is_refused(self, harness: Harness, world: World) -> None:
         wrong = world.base.model_copy(update={"digest": "0" * 64})

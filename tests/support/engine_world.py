@@ -30,6 +30,7 @@ from core.inference.engine import (
     Started,
     TokenLogprob,
 )
+from core.storage import LocalStore
 from tests.support.adapters import base_ref, make_adapter, reseal
 from tests.support.tiny_model import make_tiny_model
 
@@ -41,19 +42,21 @@ class World:
 
     Args:
         root: An empty directory.
+        overrides: Fields of the models' configs.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, **overrides: Any) -> None:
         self.root = root
+        self._overrides = overrides
 
     @cached_property
     def base(self) -> BaseModelRef:
-        return base_ref(make_tiny_model(self.root / "base", seed=1))
+        return base_ref(make_tiny_model(self.root / "base", seed=1, **self._overrides))
 
     @cached_property
     def twin(self) -> BaseModelRef:
         """Like the base model, but with other weights and without a template."""
-        model = make_tiny_model(self.root / "twin", seed=2, chat_template=None)
+        model = make_tiny_model(self.root / "twin", seed=2, chat_template=None, **self._overrides)
         return base_ref(model, "twin")
 
     @cached_property
@@ -68,12 +71,24 @@ class World:
     def c(self) -> AdapterRef:
         return self._adapter("c", seed=33, template=OTHER_TEMPLATE)
 
-    def _adapter(self, name: str, **options: Any) -> AdapterRef:
-        return make_adapter(self.root / name, Path(self.base.path), **options)
+    @property
+    def data_dir(self) -> Path:
+        """The data directory of engines that shall find the adapters."""
+        return self.root / "data"
 
-    def copy_of_a(self, name: str) -> Path:
-        """Return a copy of adapter a to tamper with."""
-        return Path(shutil.copytree(self.a.path, self.root / name))
+    def locate_adapter(self, digest: str) -> Path:
+        """Return where an adapter's files are, as a store does."""
+        return LocalStore(self.data_dir).adapter_path(digest)
+
+    def keep(self, path: Path) -> AdapterRef:
+        """Have engines find an artifact, whatever is wrong with it, by the digest it claims."""
+        digest = artifacts.read_manifest(path).digest
+        LocalStore(self.data_dir).delete_adapter(digest)
+        shutil.copytree(path, self.data_dir / "adapters" / digest)
+        return AdapterRef(digest=digest)
+
+    def _adapter(self, name: str, **options: Any) -> AdapterRef:
+        return self.keep(make_adapter(self.root / name, Path(self.base.path), **options))
 
 
 @dataclass
@@ -151,13 +166,14 @@ def add(collected: Collected, event: EngineEvent) -> None:
 
 def spoil(world: World, code: str, directory: Path) -> tuple[BaseModelRef, AdapterRef]:
     """Return a base model and an adapter that the gate `code` has to refuse."""
-    path = Path(shutil.copytree(world.a.path, directory / "adapter"))
+    path = Path(shutil.copytree(world.locate_adapter(world.a.digest), directory / "adapter"))
     weights = path / artifacts.WEIGHTS_FILE
     match code:
         case "base_model_mismatch":
             return world.twin, world.a
         case "adapter_has_no_effect":
-            return world.base, make_adapter(directory / "zero", Path(world.base.path), scale=0.0)
+            zero = make_adapter(directory / "zero", Path(world.base.path), scale=0.0)
+            return world.base, world.keep(zero)
         case "digest_mismatch":
             content = bytearray(weights.read_bytes())
             content[-1] ^= 1
@@ -166,18 +182,18 @@ def spoil(world: World, code: str, directory: Path) -> tuple[BaseModelRef, Adapt
             manifest = json.loads((path / artifacts.MANIFEST_FILE).read_text())
             manifest["digest"] = "d" * 64
             (path / artifacts.MANIFEST_FILE).write_text(json.dumps(manifest))
-            return world.base, AdapterRef(digest="d" * 64, path=str(path))
+            return world.base, world.keep(path)
         case "tokenizer_mismatch":
             tokenizer = path / artifacts.TOKENIZER_FILE
             tokenizer.write_text(tokenizer.read_text() + "\n")
             sha256 = artifacts.sha256_file(tokenizer)
-            return world.base, reseal(path, tokenizer_sha256=sha256)
+            return world.base, world.keep(reseal(path, tokenizer_sha256=sha256))
         case "template_mismatch":
             (path / artifacts.TEMPLATE_FILE).write_text(OTHER_TEMPLATE)
-            return world.base, reseal(path)
+            return world.base, world.keep(reseal(path))
         case "invalid_manifest":
             (path / artifacts.TOKENIZER_CONFIG_FILE).write_text("{}")
-            return world.base, reseal(path, lora_alpha=1.0)
+            return world.base, world.keep(reseal(path, lora_alpha=1.0))
         case "invalid_adapter_config":
             config = json.loads((path / artifacts.CONFIG_FILE).read_text())
             config["modules_to_save"] = ["lm_head"]
@@ -191,4 +207,4 @@ def spoil(world: World, code: str, directory: Path) -> tuple[BaseModelRef, Adapt
             tensors = load_file(weights)
             next(iter(tensors.values()))[0, 0] = float("nan")
             save_file(tensors, weights)
-    return world.base, reseal(path)
+    return world.base, world.keep(reseal(path))
