@@ -17,20 +17,25 @@ from typing import Any
 from celery import signals
 from celery.apps.worker import Worker as CeleryWorker
 
+from core import housekeeping, webhooks
 from core.config import Settings
 from core.db.session import Database
 from core.lifeline import exit_with_parent
 from core.logging import configure, get_logger
 from core.queue import QUEUES, CeleryQueue, QueueName, create_celery
-from core.storage import LocalStore
+from core.storage import ArtifactStore, open_store
+from migrations.waiting import wait_for_schema
 from worker import tasks
 from worker.child import ChildProcess
+from worker.duties import Duties, Duty
 from worker.runner import Runner, Stage
 from worker.training import TRAINER_ARGV, TrainStage
 from worker.validation import VALIDATOR_ARGV, ValidateStage
 
 # The child has the grace period; the worker needs a moment more to write down how it ended.
 _JOIN_MARGIN_SECONDS = 4.0
+# How soon a message is on its way after what it tells of.
+_WEBHOOK_SECONDS = 1.0
 
 log = get_logger(__name__)
 
@@ -54,9 +59,10 @@ def run(queue: QueueName, settings: Settings, child_argv: Sequence[str] | None =
     # A signal that comes before Celery handles them must not skip the release of a job.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     exit_with_parent(settings.grace_seconds + _JOIN_MARGIN_SECONDS)
+    wait_for_schema(settings.resolved_database_url)
 
     database = Database(settings.resolved_database_url)
-    store = LocalStore(settings.root)
+    store = open_store(settings)
     jobs_queue = CeleryQueue(settings)
     stage: Stage
     if queue == "train":
@@ -65,6 +71,12 @@ def run(queue: QueueName, settings: Settings, child_argv: Sequence[str] | None =
         stage, argv = ValidateStage(store, jobs_queue), child_argv or VALIDATOR_ARGV
     runner = Runner(queue, stage, settings, database, _child(queue, settings, argv))
 
+    stopping = threading.Event()
+    duties = Duties(
+        _light_duties(settings, database, store, runner.worker_id, stopping)
+        if queue == "light"
+        else []
+    )
     app = create_celery(settings)
     tasks.register(app, queue, runner)
     # With a receiver Celery leaves the configuration of logging to us.
@@ -73,6 +85,7 @@ def run(queue: QueueName, settings: Settings, child_argv: Sequence[str] | None =
 
     def stop(**_: Any) -> None:
         told_to_stop.set()
+        stopping.set()
         runner.stop()
 
     signals.worker_shutting_down.connect(stop)
@@ -91,10 +104,15 @@ def run(queue: QueueName, settings: Settings, child_argv: Sequence[str] | None =
         )
     try:
         runner.start()
+        duties.start()
         worker.start()
     finally:
+        stopping.set()
         runner.stop()
+        duties.stop()
         ended = runner.join(settings.grace_seconds + _JOIN_MARGIN_SECONDS)
+        # What they do is done in small steps, each of which may be cut short.
+        duties.join(_JOIN_MARGIN_SECONDS)
         if not ended:
             log.error("runner_did_not_stop")
         signals.worker_shutting_down.disconnect(stop)
@@ -102,6 +120,27 @@ def run(queue: QueueName, settings: Settings, child_argv: Sequence[str] | None =
         database.close()
     # Celery's own exit code calls a Ctrl-C a failure.
     return 0 if ended and told_to_stop.is_set() else int(worker.exitcode or 1)
+
+
+def _light_duties(
+    settings: Settings,
+    database: Database,
+    store: ArtifactStore,
+    worker_id: str,
+    stopping: threading.Event,
+) -> list[Duty]:
+    return [
+        Duty(
+            "webhooks",
+            _WEBHOOK_SECONDS,
+            lambda: webhooks.deliver_due(database, settings, stopping),
+        ),
+        Duty(
+            "housekeeping",
+            settings.gc_interval_seconds,
+            lambda: housekeeping.tidy(database, store, settings, worker_id),
+        ),
+    ]
 
 
 def _child(queue: QueueName, settings: Settings, argv: Sequence[str]) -> ChildProcess:

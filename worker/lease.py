@@ -72,6 +72,7 @@ class Lease:
         self._over = threading.Event()
         self._lost = False
         self._requested = claim.stop_requested
+        self._renew_at = time.monotonic()
         self._expires_at = (
             time.monotonic() + time_limit_seconds - claim.used_seconds
             if time_limit_seconds
@@ -160,16 +161,12 @@ class Lease:
 
     def _keep(self) -> None:
         with bind(job_id=self.claim.job_id, attempt=self.claim.attempt):
-            renew_at = time.monotonic()
             while not self._over.wait(_FLUSH_SECONDS):
                 try:
                     with self._speaking:
                         if self._over.is_set():
                             return
-                        if time.monotonic() >= renew_at:
-                            renew_at = time.monotonic() + _RENEW_SECONDS
-                            self._renew()
-                        self._flush()
+                        self._flush(renew=time.monotonic() >= self._renew_at)
                 except LeaseLost:
                     self._lost = True
                     log.warning("lease_lost")
@@ -178,29 +175,38 @@ class Lease:
                     # The lease lasts for several renewals; meanwhile the database may return.
                     log.warning("lease_not_renewed", error=repr(error))
 
-    def _renew(self) -> None:
-        self._requested = jobs.heartbeat(
-            self._database, self.claim, self._worker_id, self._lease_seconds
-        )
-        self._on_renewal()
-
-    def _flush(self) -> None:
+    def _flush(self, *, renew: bool = False) -> None:
+        """Write what was reported; the renewal, when due, goes with it in one transaction."""
         while True:
             with self._adding:
                 batch = self._updates[:_MAX_BATCH]
                 del self._updates[:_MAX_BATCH]
-            if not batch:
+            if not batch and not renew:
                 return
             try:
-                jobs.record(self._database, self.claim, self._worker_id, batch)
+                requested = jobs.record(
+                    self._database,
+                    self.claim,
+                    self._worker_id,
+                    batch,
+                    lease_seconds=self._lease_seconds if renew else None,
+                )
             except SQLAlchemyError as error:
-                if not is_transient(error):
+                if batch and not is_transient(error):
                     # It would fail again and hold up everything behind it.
                     log.exception("updates_dropped", count=len(batch))
                     continue
                 with self._adding:
                     self._updates[:0] = batch
                 raise
+            self._requested = requested
+            if renew:
+                renew = False
+                self._renew_at = time.monotonic() + _RENEW_SECONDS
+                self._on_renewal()
+            if len(batch) < _MAX_BATCH:
+                # What came meanwhile can wait for the next time.
+                return
 
 
 def is_transient(error: SQLAlchemyError) -> bool:

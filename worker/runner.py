@@ -26,12 +26,14 @@ from core.ids import new_id
 from core.logging import bind, get_logger
 from core.queue import QueueName
 from core.specs import LAST_RUNG
+from worker.capabilities import Machine
 from worker.checkpoints import CheckpointUploader
 from worker.child import ChildProcess, Crashed, Failed, Finished, Outcome, Stopped
 from worker.lease import Conclude, Lease, is_transient
 
 _REGISTER_SECONDS = 5.0
 _AFTER_ERROR_SECONDS = 1.0
+_SETTLE_SECONDS = 3.0
 _CHILDS_SHARE_OF_GRACE = 0.75
 
 log = get_logger(__name__)
@@ -84,9 +86,13 @@ class Runner:
         self._awake = threading.Event()
         self._awake.set()  # there may be work already
         self._stopping = threading.Event()
+        self._machine = Machine(queue, settings, database)
+        # The base model of the child's last task, while that child lives.
+        self._warm_base: str | None = None
         self._job_id: str | None = None
         self._register_at = 0.0
         self._tidy_at = 0.0
+        self._sweep_from = 0.0
         self._thread = threading.Thread(target=self._work, name="runner", daemon=True)
 
     def start(self) -> None:
@@ -136,6 +142,8 @@ class Runner:
             worker_id=self.worker_id,
             stage=self._stage.name,
             lease_seconds=self._settings.lease_seconds,
+            worker=self._machine.capabilities(self._warm_base),
+            running_quota=self._settings.quota_running_jobs,
         )
 
     def _run(self, claim: jobs.Claim) -> None:
@@ -191,6 +199,8 @@ class Runner:
                 grace_seconds=grace.childs_share_seconds,
             )
         finally:
+            loaded = self._queue == "train" and self._child.pid is not None
+            self._warm_base = lease.claim.base.name if loaded else None
             if checkpoints is not None:
                 checkpoints.finish(grace.left_seconds())
 
@@ -270,6 +280,11 @@ class Runner:
             return
         self._tidy_at = time.monotonic() + self._settings.idle_poll_seconds
         self._register()
+        if time.monotonic() >= self._sweep_from:
+            self._sweep()
+        self._remove_stale_work()
+
+    def _sweep(self) -> None:
         swept = jobs.sweep(
             self._database,
             self.worker_id,
@@ -279,7 +294,6 @@ class Runner:
         if swept:
             log.warning("leases_expired", jobs=swept)
             self._awake.set()
-        self._remove_stale_work()
 
     def _register(self) -> None:
         if time.monotonic() < self._register_at:
@@ -292,6 +306,7 @@ class Runner:
             socket.gethostname(),
             os.getpid(),
             self._job_id,
+            self._machine.capabilities(self._warm_base),
         )
 
     def _remove_stale_work(self) -> None:
@@ -309,6 +324,8 @@ class Runner:
 
     def _log_trouble(self, error: Exception) -> None:
         if isinstance(error, SQLAlchemyError) and is_transient(error):
+            # Leases ran out because nobody could renew them; live workers do that first.
+            self._sweep_from = time.monotonic() + _SETTLE_SECONDS
             log.warning("database_away", error=str(error).splitlines()[0])
         else:
             log.exception("runner_error")
