@@ -5,6 +5,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Where `make serve` keeps its data.
 DATA_DIR ?= data
+# `make chaos CHAOS_OPTIONS="--seed 7 --faults 50"` replays, or does less.
+CHAOS_OPTIONS ?=
+CHAOS_REPORT  ?= var/chaos.md
 
 INSTALLED := $(VENV)/.installed
 SAMPLE_INSTALLED := $(VENV)/.sample-model-installed
@@ -12,7 +15,7 @@ SAMPLE_MODEL := var/models/sample
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check serve bench clean distclean
+.PHONY: help setup demo test check chaos serve bench clean distclean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +34,9 @@ check: $(INSTALLED) ## Lint, types, architecture and unit tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/unit
+
+chaos: $(INSTALLED) ## Do hundreds of faults to a cluster under load, and judge (~40 min)
+	$(BIN)/python -m tests.chaos --report $(CHAOS_REPORT) $(CHAOS_OPTIONS)
 
 serve: $(SAMPLE_MODEL)/config.json ## Run the service with the sample model on port 8000
 	@$(BIN)/tunesmith models add smollm2-135m-instruct $(SAMPLE_MODEL) --data-dir $(DATA_DIR)

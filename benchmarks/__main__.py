@@ -1,21 +1,37 @@
-"""`python -m benchmarks [serving|training …]`: measure, print, and keep the samples."""
+"""`python -m benchmarks [serving|training|jobs|idle …]`: measure, print, and keep the samples."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import serving, training
-from benchmarks.report import publish
+from benchmarks import idle, jobs, serving, training
+from benchmarks.report import Measurement, publish
 
-_SUITES = {"serving": serving.measure, "training": training.measure}
+Suite = Callable[[argparse.Namespace], list[Measurement]]
+
+_SUITES: dict[str, Suite] = {
+    "serving": lambda given: serving.measure(given.model, given.rounds),
+    "training": lambda given: training.measure(given.model, given.rounds),
+    "jobs": lambda given: jobs.measure(given.jobs, given.rounds),
+    "idle": lambda given: idle.measure(given.model, given.rounds),
+}
+# The others take long or want a quiet machine.
+_BY_DEFAULT = ("serving", "training")
 
 
 def main() -> None:
-    """Run the named suites, all by default."""
+    """Run the named suites: serving and training by default."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
     parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join(_SUITES))
-    parser.add_argument("--model", type=Path, default=Path("var/models/sample"))
+    parser.add_argument(
+        "--model",
+        type=lambda path: Path(path).resolve(),
+        help="a directory",
+        default=Path("var/models/sample").resolve(),
+    )
+    parser.add_argument("--jobs", type=int, default=1_000_000, help="of the large database")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each figure")
     parser.add_argument("--output", type=Path, default=Path("var/benchmarks.json"))
     arguments = parser.parse_args()
@@ -24,8 +40,8 @@ def main() -> None:
         parser.error(f"no such suite: {', '.join(sorted(unknown))}")
     measurements = [
         measurement
-        for name in arguments.suites or _SUITES
-        for measurement in _SUITES[name](arguments.model.resolve(), arguments.rounds)
+        for name in arguments.suites or _BY_DEFAULT
+        for measurement in _SUITES[name](arguments)
     ]
     publish(measurements, arguments.output)
 

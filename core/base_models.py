@@ -11,8 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _HUB = re.compile(
     r"hf:(?P<repository>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)@(?P<revision>[\w./-]+)", re.ASCII
 )
 _TIMEOUT_SECONDS = 3600
+# No model's name begins with a dot.
+_ASIDE = ".tmp"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -107,6 +110,31 @@ def remove(database: Database, settings: Settings, name: str) -> None:
         shutil.rmtree(owned, ignore_errors=True)
 
 
+def move(database: Database, name: str, directory: Path) -> BaseModelRead:
+    """Note that the files of a base model are in another place now, as on another machine.
+
+    Raises:
+        NotFound: Code `unknown_base_model`.
+        InvalidInput: `invalid_model_source` or `model_file_missing`; or `other_model` when the
+            files are not those that adapters were trained on.
+    """
+    with database.session() as session:
+        digest = BaseModelRepository(session).get(name).digest
+    path = directory.expanduser().resolve()
+    _check_files(path)
+    if tree_digest(path) != digest:
+        raise InvalidInput(
+            f"the files in {path} are not those of {name!r}",
+            code="other_model",
+            field="directory",
+            hint="Give an exact copy of the directory, or add it under another name.",
+        )
+    with database.session(write=True) as session:
+        model = BaseModelRepository(session).get(name, lock=True)
+        model.source, model.path = f"local:{path}", str(path)
+        return to_read(model)
+
+
 def get(session: Session, name: str) -> BaseModelRead:
     """Return a base model.
 
@@ -119,6 +147,12 @@ def get(session: Session, name: str) -> BaseModelRead:
 def list_models(session: Session) -> list[BaseModelRead]:
     """Return all base models by name."""
     return [to_read(model) for model in BaseModelRepository(session).list()]
+
+
+def list_absent(session: Session) -> frozenset[str]:
+    """Return the names of the base models whose files this machine lacks."""
+    paths = BaseModelRepository(session).list_paths()
+    return frozenset(name for name, path in paths.items() if not Path(path).is_dir())
 
 
 def describe(session: Session, name: str) -> tuple[BaseModelRef, dict[str, Any]]:
@@ -226,8 +260,10 @@ def _files(settings: Settings, name: str, source: str) -> Iterator[Path]:
     if source.startswith("local:"):
         yield home
         return
-    aside = settings.root / "tmp" / new_id("model")
+    # Beside the models, which may be on a volume of their own: a rename does not leave one.
+    aside = home.parent / _ASIDE / new_id("model")
     aside.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(aside.parent)
     try:
         hub = _HUB.fullmatch(source)
         if hub is not None:
@@ -235,7 +271,6 @@ def _files(settings: Settings, name: str, source: str) -> Iterator[Path]:
         else:
             _run("core.training.convert_gguf", source.removeprefix("gguf:"), str(aside))
         yield aside
-        home.parent.mkdir(parents=True, exist_ok=True)
         if home.exists():
             if tree_digest(home) == tree_digest(aside):
                 return  # another process added the same meanwhile and may use it already
@@ -244,6 +279,14 @@ def _files(settings: Settings, name: str, source: str) -> Iterator[Path]:
         aside.rename(home)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what was left by processes that were killed while they fetched or converted."""
+    for path in directory.iterdir():
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > 2 * _TIMEOUT_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_files(path: Path) -> None:

@@ -84,7 +84,7 @@ class Channel:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why the task shall stop, `cancel` or `shutdown`; `None` while it shall go on."""
+        """Why the task shall stop, such as `cancel` or `pause`; `None` while it shall go on."""
         return self._stop_reason
 
     def should_stop(self) -> bool:
@@ -92,7 +92,7 @@ class Channel:
         return self._stop_reason is not None
 
     def check_stop(self) -> None:
-        """Raise `Stopped` when the task shall end."""
+        """Raise `Stopped` when the task shall end, for whatever reason."""
         if self.should_stop():
             raise Stopped
 

@@ -13,7 +13,7 @@ from core.db.models import Dataset
 from core.db.repositories.datasets import DatasetRepository, is_referenced
 from core.db.repositories.dialect import lock_content
 from core.db.session import Database
-from core.errors import Conflict, NotFound, Unavailable
+from core.errors import Conflict, Unavailable
 from core.ids import new_id
 from core.principal import Principal
 from core.reads import DatasetRead, Page, decode_cursor, encode_cursor
@@ -89,12 +89,10 @@ def add_row(
     # From here on nobody can find these bytes unreferenced and delete them.
     lock_content(session, blob.sha256)
     DatasetRepository(session, principal).add(dataset)
-    try:
-        store.blob_path(blob.sha256)
-    except NotFound as error:
+    if not store.has_blob(blob.sha256):
         raise Unavailable(
             "the upload was deleted while it was stored", code="blob_gone", hint="Send it again."
-        ) from error
+        )
     return dataset
 
 
@@ -175,6 +173,8 @@ def preview(
     limit: int = 20,
 ) -> list[dict[str, Any]]:
     """Return `{"line", "row"}` of up to `limit` rows after the first `offset`.
+
+    With a remote store its bytes should be on this machine already: a session is open.
 
     Raises:
         NotFound: Code `unknown_dataset`.

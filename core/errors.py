@@ -10,6 +10,7 @@ and the engine's server alone.
     ├── Forbidden           a valid key without the needed scope, or a refused origin
     ├── NotFound            no such object in the caller's project
     ├── Conflict            the object is in a state that refuses the request
+    ├── QuotaExceeded       the project has as much as it may have
     ├── Unavailable         a part of the service is down or busy; retry later
     ├── TrainingFailed      a job ended without an adapter
     └── LeaseLost           a worker no longer owns the job it works on
@@ -102,6 +103,46 @@ class Conflict(TunesmithError):
     default_code = "conflict"
 
 
+class QuotaExceeded(TunesmithError):
+    """The project has as much of something as it may have.
+
+    Args:
+        limit: Name of the quota.
+        value: What it allows.
+        used: What the project has at present.
+        retry_after_seconds: When a retry makes sense, for what frees itself; `None` for what
+            somebody has to free.
+    """
+
+    default_code = "quota_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        limit: str = "",
+        value: int = 0,
+        used: int = 0,
+        retry_after_seconds: int | None = None,
+        **details: Any,
+    ) -> None:
+        super().__init__(message, **details)
+        self.limit = limit
+        self.value = value
+        self.used = used
+        self.retry_after_seconds = retry_after_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the error as plain JSON values, with the quota that was reached."""
+        members = {
+            **super().as_dict(),
+            "limit": {"name": self.limit, "value": self.value, "used": self.used},
+        }
+        if self.retry_after_seconds is not None:
+            members["retry_after_seconds"] = self.retry_after_seconds
+        return members
+
+
 class Unavailable(TunesmithError):
     """A part of the service is down or busy; the same request may work later.
 
@@ -142,6 +183,7 @@ _BY_KIND: dict[str, type[TunesmithError]] = {
         Forbidden,
         NotFound,
         Conflict,
+        QuotaExceeded,
         Unavailable,
         TrainingFailed,
         LeaseLost,
@@ -163,4 +205,8 @@ def from_wire(members: dict[str, Any]) -> TunesmithError:
     details = {name: members.get(name) for name in ("code", "hint", "field", "line", "errors")}
     if cls is Unavailable and "retry_after_seconds" in members:
         details["retry_after_seconds"] = int(members["retry_after_seconds"])
+    if cls is QuotaExceeded:
+        limit = members["limit"]
+        details |= {"limit": limit["name"], "value": limit["value"], "used": limit["used"]}
+        details["retry_after_seconds"] = members.get("retry_after_seconds")
     return cls(str(members.get("message", "unknown error")), **details)

@@ -18,8 +18,8 @@ from structlog.typing import EventDict, Processor
 from core.config import Settings
 
 _OWN_PACKAGES = ("core", "service", "worker", "engine")
-# They report every request and every look at the schema.
-_CHATTY = ("httpx2", "alembic")
+# They report every request, every look at the schema and where credentials were found.
+_CHATTY = ("httpx2", "alembic", "aiobotocore", "botocore")
 _SELF_CONFIGURING = ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from celery import Celery
 from kombu import Exchange, Queue
+from kombu.exceptions import ChannelError
 
 from core import file_broker
 from core.config import Settings
@@ -28,6 +29,9 @@ WAKE_TASKS: dict[QueueName, str] = {
 
 # By then every worker has looked at the database by itself many times.
 _EXPIRES_SECONDS = 60
+# A broker forgets what has expired only when a worker reads it. As many wake-ups may wait as there
+# are workers to be woken in one moment; with more waiting, nobody reads them.
+MAX_WAITING_WAKE_UPS = 100
 _PUBLISH_TIMEOUT_SECONDS = 1.0
 
 log = get_logger(__name__)
@@ -72,15 +76,19 @@ class CeleryQueue:
             if time.monotonic() < self._paused_until:
                 return
         try:
-            self._celery.send_task(
-                WAKE_TASKS[queue],
-                queue=QUEUES[queue],
-                # The default exchange needs no binding, which a wiped broker would have lost.
-                declare=[],
-                expires=_EXPIRES_SECONDS,
-                retry=False,
-                ignore_result=True,
-            )
+            with self._celery.producer_pool.acquire(block=True) as producer:
+                if _waiting(producer.channel, QUEUES[queue]) >= MAX_WAITING_WAKE_UPS:
+                    return
+                self._celery.send_task(
+                    WAKE_TASKS[queue],
+                    queue=QUEUES[queue],
+                    producer=producer,
+                    # The default exchange needs no binding, which a wiped broker would have lost.
+                    declare=[],
+                    expires=_EXPIRES_SECONDS,
+                    retry=False,
+                    ignore_result=True,
+                )
         except Exception as error:
             with self._lock:
                 self._paused_until = time.monotonic() + self._pause_seconds
@@ -89,6 +97,15 @@ class CeleryQueue:
     def close(self) -> None:
         """Close the connections to the broker."""
         self._celery.close()
+
+
+def _waiting(channel: Any, queue: str) -> int:
+    """Count the messages of a queue that nobody has read."""
+    try:
+        return int(channel.queue_declare(queue, passive=True).message_count)
+    except ChannelError:
+        # To Redis, an empty queue does not exist.
+        return 0
 
 
 def create_celery(settings: Settings) -> Celery:

@@ -34,8 +34,13 @@ class Progress(_Read):
         stage: What the pipeline does at present.
         step: Optimizer steps done.
         percent: From 0 to 100; `None` while the number of steps is unknown.
-        eta_seconds: Estimate until the end of training.
-        queue_position: Jobs that start before this one; only for a queued job read by itself.
+        eta_seconds: Estimate until the end of training; of a job that waits, the time until it
+            starts included.
+        queue_position: Jobs of any project that wait before this one by priority and age, counted
+            up to 1000; turns between projects can change the order. Like the two below, only for
+            a job read by itself.
+        starts_in_seconds: Estimate until a worker takes it for training; `None` without history.
+        waiting_reason: Why no worker takes it, if that is not just the queue.
         trained_tokens: Tokens the loss was computed on.
     """
 
@@ -45,6 +50,8 @@ class Progress(_Read):
     percent: float | None = None
     eta_seconds: float | None = None
     queue_position: int | None = None
+    starts_in_seconds: float | None = None
+    waiting_reason: str | None = None
     trained_tokens: int = 0
 
 
@@ -103,15 +110,57 @@ class MetricRead(_Read):
     created_at: datetime
 
 
+class CheckpointRead(_Read):
+    """A state of training that a later attempt can go on from."""
+
+    step: int = Field(description="The optimizer step after which it was made.")
+    attempt: int
+    bytes: int
+    created_at: datetime
+    usable: bool
+    reason: str | None = Field(description="Why it cannot be used.")
+
+
 class WorkerRead(_Read):
-    """A worker process and what it works on."""
+    """A worker process, what it has and what it works on."""
 
     id: str
     queue: str
     host: str
     pid: int
     job_id: str | None
+    device: str | None = Field(description="`cpu`, `cuda` or `mps`.")
+    memory_bytes: int = Field(description="Memory that it offers to jobs; 0 is not known.")
+    warm_base: str | None = Field(description="The base model that its child has in memory.")
+    absent_base_models: list[str] = Field(description="Base models whose files its machine lacks.")
     seconds_since_heartbeat: float
+
+
+class QuotaRead(_Read):
+    """How much a project may have of something, and has."""
+
+    limit: int | None = Field(description="`null` is no limit.")
+    used: int
+
+
+class UsageRead(_Read):
+    """What a project has used, jobs that were deleted since included."""
+
+    ended_jobs: dict[str, int] = Field(
+        description="Status → how often a job ended so; a job that is tried again ends again."
+    )
+    trained_tokens: int = Field(description="Tokens that the loss of ended jobs was computed on.")
+    used_seconds: float = Field(description="Time of training of ended jobs.")
+    quotas: dict[str, QuotaRead]
+
+
+class ProjectRead(_Read):
+    """A project as the operator sees it; `own` names the quotas that differ from the default."""
+
+    name: str
+    quotas: dict[str, int | None]
+    own: list[str]
+    created_at: datetime
 
 
 class DatasetRead(_Read):

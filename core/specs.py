@@ -14,9 +14,11 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 SPEC_VERSION: Final = 1
 ADAPTER_NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -195,4 +197,27 @@ class JobSpec(_Spec):
             raise ValueError("give either 'dataset' or 'rows'")
         if self.rows is not None and not self.rows:
             raise ValueError("'rows' is empty; give at least one row")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_to_validate_on(self) -> Self:
+        wanted = {
+            "eval_steps": self.training.eval_steps is not None,
+            "load_best_model_at_end": self.training.load_best_model_at_end,
+            "early_stopping_patience": self.training.early_stopping_patience is not None,
+        }
+        errors = [
+            InitErrorDetails(
+                type=PydanticCustomError(
+                    "validation_rows_needed",
+                    "this needs validation rows: set data.validation_fraction above 0",
+                ),
+                loc=("training", name),
+                input=getattr(self.training, name),
+            )
+            for name, is_wanted in wanted.items()
+            if is_wanted
+        ]
+        if errors and self.data.validation_fraction == 0:
+            raise ValidationError.from_exception_data("JobSpec", errors)
         return self

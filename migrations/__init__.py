@@ -7,6 +7,7 @@ function may run in several processes at once; changes happen one after another.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -18,12 +19,19 @@ from sqlalchemy import make_url
 from core.db.models import Base
 from core.db.session import create_database
 
+Standing = Literal["behind", "current", "ahead"]
+
 
 def upgrade(url: str, revision: str = "head") -> None:
-    """Bring a database to `revision`; a SQLite file is created where there is none."""
+    """Bring a database to `revision`; a SQLite file is created where there is none.
+
+    With `head` a database that a later version of the service has changed is left as it is.
+    """
     file = make_url(url).database if url.startswith("sqlite") else None
     if file and file != ":memory:":
         Path(file).parent.mkdir(parents=True, exist_ok=True)
+    if revision == "head" and standing(current(url)) == "ahead":
+        return
     command.upgrade(_config(url), revision)
 
 
@@ -47,6 +55,23 @@ def head() -> str:
     revision = ScriptDirectory(str(_HERE)).get_current_head()
     assert revision is not None
     return revision
+
+
+def standing(revision: str | None) -> Standing:
+    """Tell how a database at `revision` stands to this version of the service.
+
+    `ahead` is a revision that only a later version knows. It works for us: each version's changes
+    leave intact what the version before it uses.
+    """
+    if revision == head():
+        return "current"
+    known = {script.revision for script in ScriptDirectory(str(_HERE)).walk_revisions()}
+    return "behind" if revision is None or revision in known else "ahead"
+
+
+def knows(revision: str) -> bool:
+    """Tell whether a revision is part of this version's history."""
+    return revision in {script.revision for script in ScriptDirectory(str(_HERE)).walk_revisions()}
 
 
 def check(url: str) -> list[str]:

@@ -16,9 +16,8 @@ import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from core import base_models, registry
-from core.artifacts import MANIFEST_FILE
-from core.errors import NotFound, TunesmithError
+from core import base_models, quotas, registry
+from core.errors import TunesmithError
 from core.imports import prepare_import, unpack_archive
 from core.inference.engine import AdapterRef, BaseModelRef
 from core.principal import Principal
@@ -72,8 +71,7 @@ async def publish(
     """
     digest = candidate.published.digest
     try:
-        reference = AdapterRef(digest=digest, path=str(services.store.adapter_path(digest)))
-        await services.engine.load(candidate.base_model, reference)
+        await services.engine.load(candidate.base_model, AdapterRef(digest=digest))
         return await run_in_threadpool(_register, services, principal, candidate, name)
     except BaseException:
         # Whatever went wrong, a client that left included: no files without a version.
@@ -96,10 +94,8 @@ def download(
     """
     with services.database.session() as session:
         found = registry.get_version(session, principal, name, version)
-    directory = services.store.adapter_path(found.digest)
+    files = services.store.open_adapter(found.digest)
     folder = f"{name}-v{version}"
-    names = sorted([*(file["path"] for file in found.manifest["files"]), MANIFEST_FILE])
-    files = _open_all(directory, names)
     headers = {"Content-Disposition": f'attachment; filename="{folder}.tar.gz"'}
     return StreamingResponse(
         _archive(folder, files), media_type="application/gzip", headers=headers
@@ -137,6 +133,9 @@ def _register(
     services: Services, principal: Principal, candidate: Candidate, name: str
 ) -> VersionRead:
     with services.database.session(write=True) as session:
+        quotas.check_storage(
+            session, principal, services.settings, rows=0, bytes=candidate.published.bytes
+        )
         return registry.import_adapter(
             session,
             principal,
@@ -179,19 +178,6 @@ class _ChunkReader(io.RawIOBase):
         buffer[:size] = self._rest[:size]
         self._rest = self._rest[size:]
         return size
-
-
-def _open_all(directory: Path, names: list[str]) -> dict[str, BinaryIO]:
-    """Open every file at once: from then on a deletion cannot change what is read."""
-    with ExitStack() as stack:
-        try:
-            files: dict[str, BinaryIO] = {
-                name: stack.enter_context((directory / name).open("rb")) for name in names
-            }
-        except FileNotFoundError as error:
-            raise NotFound("the adapter's files are gone", code="adapter_files_missing") from error
-        stack.pop_all()
-    return files
 
 
 def _archive(folder: str, files: dict[str, BinaryIO]) -> Iterator[bytes]:

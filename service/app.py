@@ -17,13 +17,22 @@ from core.config import Settings
 from core.db.session import Database
 from core.inference.engine import Engine
 from core.queue import CeleryQueue, JobQueue
-from core.storage import LocalStore
+from core.storage import open_store
 from service import errors
 from service.deps import Services
 from service.engine_client import EnginePool
 from service.middleware import BodyLimitMiddleware, GuardMiddleware, RequestMiddleware
 from service.openapi import DESCRIPTION, TAGS, complete_document
-from service.routes import adapters, datasets, generate, jobs, models, operations
+from service.routes import (
+    adapters,
+    datasets,
+    generate,
+    job_control,
+    jobs,
+    models,
+    operations,
+    webhooks,
+)
 from service.uploads import MULTIPART_OVERHEAD_BYTES
 from service.version import service_version
 
@@ -52,7 +61,7 @@ def create_app(
     services = Services(
         settings=settings,
         database=database,
-        store=LocalStore(settings.root),
+        store=open_store(settings),
         engine=engine,
         queue=queue,
     )
@@ -77,7 +86,7 @@ def create_app(
     )
     app.state.services = services
     errors.install(app)
-    for module in (datasets, jobs, adapters, generate, models, operations):
+    for module in (datasets, jobs, job_control, adapters, webhooks, generate, models, operations):
         app.include_router(module.router)
     return app
 

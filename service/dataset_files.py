@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from core import datasets
+from core import datasets, quotas
 from core.data.check import check_file
 from core.errors import TunesmithError
 from core.principal import Principal
@@ -24,6 +24,7 @@ def store_dataset(services: Services, principal: Principal, upload: Upload) -> D
     Raises:
         TooLarge: The file is longer than `max_upload_bytes`.
         InvalidInput: The file or some of its rows are unusable; see `core.data.check`.
+        QuotaExceeded: The project would store more rows or bytes than it may.
     """
     blob = services.store.write_blob(upload, services.settings.max_upload_bytes)
     try:
@@ -42,6 +43,10 @@ def preview(
     Raises:
         NotFound: Code `unknown_dataset`.
     """
+    with services.database.session() as session:
+        sha256 = datasets.get(session, principal, dataset_id).sha256
+    # Fetched from a remote store, perhaps, and so while no session is open.
+    services.store.blob_path(sha256)
     with services.database.session() as session:
         rows = datasets.preview(
             session, principal, services.store, dataset_id, offset=offset, limit=limit
@@ -82,6 +87,9 @@ def _register(services: Services, principal: Principal, filename: str, blob: Blo
     report = check_file(path, filename, services.settings.max_dataset_rows)
     report.raise_for_errors()
     with services.database.session(write=True) as session:
+        quotas.check_storage(
+            session, principal, services.settings, rows=report.rows, bytes=blob.bytes
+        )
         return datasets.create(
             session,
             principal,

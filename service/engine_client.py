@@ -18,7 +18,7 @@ import httpx2
 from pydantic import TypeAdapter, ValidationError
 
 from core.config import Settings
-from core.errors import TunesmithError, Unavailable, from_wire, to_wire
+from core.errors import TunesmithError, Unauthorized, Unavailable, from_wire, to_wire
 from core.inference.engine import (
     ENGINE_SECRET_HEADER,
     AdapterRef,
@@ -41,6 +41,9 @@ _STATUS_SECONDS = 10.0
 _KEEPALIVE_SECONDS = 2.0
 # Admission is the engine's business; connections are only bounded against a run-away.
 _MAX_CONNECTIONS = 1024
+
+# While the shared secret is changed, some engines have the old one.
+_OUT_OF_REACH = frozenset({"engine_unavailable", "engine_secret_wrong"})
 
 _EVENT: TypeAdapter[EngineEvent] = TypeAdapter(EngineEvent)
 
@@ -180,7 +183,8 @@ class EnginePool:
 
     The engine of an adapter is the one with the highest hash of (address, digest), rendezvous
     hashing (Thaler & Ravishankar, 1998): when an engine comes or goes, only its share moves. An
-    engine that cannot be reached is passed over. Requests for the base model are spread evenly.
+    engine that cannot be reached, or has another secret, is passed over. Requests for the base
+    model are spread evenly.
 
     Args:
         engines: By address, at least one.
@@ -241,7 +245,7 @@ class EnginePool:
             try:
                 return await ask(self.engines[address])
             except Unavailable as error:
-                if error.code != "engine_unavailable":
+                if error.code not in _OUT_OF_REACH:
                     raise
         return await ask(self.engines[last])
 
@@ -287,7 +291,11 @@ def _sum(statuses: Sequence[EngineStatus]) -> EngineStatus:
 def _error_of(status_code: int, body: bytes) -> TunesmithError:
     try:
         members = json.loads(body)
-        return from_wire(members)
+        error = from_wire(members)
+        if isinstance(error, Unauthorized):
+            # It is our secret that is wrong, not the client's key.
+            return Unavailable(error.message, code=error.code, hint=error.hint)
+        return error
     except (ValueError, AttributeError):
         return TunesmithError(
             f"the engine answered with status {status_code}", code="internal_error"

@@ -25,6 +25,7 @@ from core.errors import (
     Forbidden,
     InvalidInput,
     NotFound,
+    QuotaExceeded,
     TooLarge,
     TunesmithError,
     Unauthorized,
@@ -55,6 +56,9 @@ def status_of(error: TunesmithError) -> int:
     """Return the HTTP status of a deliberate error; 500 for kinds that no client can cause."""
     if error.code in _STATUS_BY_CODE:
         return _STATUS_BY_CODE[error.code]
+    if isinstance(error, QuotaExceeded):
+        # What frees itself is worth another try, what somebody must free is not.
+        return 403 if error.retry_after_seconds is None else 429
     return next((status for kind, status in _STATUS_BY_KIND if isinstance(error, kind)), 500)
 
 

@@ -67,7 +67,7 @@ def resolve_target(
     """Find the base model and, if one is named, the adapter version.
 
     Args:
-        services: Database and store.
+        services: Holds the database.
         principal: Who asks; adapters of other projects do not exist for it.
         reference: `NAME`, `NAME@VERSION` or `NAME:alias`; `None` asks for the base model.
         base_model: Name of the base model; may be `None` where it is clear.
@@ -92,9 +92,7 @@ def resolve_target(
                 hint="Leave base_model out, or name the adapter's own.",
             )
         base = base_models.get_ref_by_digest(session, resolved.base_digest)
-    adapter = AdapterRef(
-        digest=resolved.digest, path=str(services.store.adapter_path(resolved.digest))
-    )
+    adapter = AdapterRef(digest=resolved.digest)
     name = AdapterVersionName(name=resolved.name, version=resolved.version, digest=resolved.digest)
     return Target(base, adapter, name)
 

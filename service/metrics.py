@@ -1,14 +1,15 @@
 """Prometheus metrics of the API: what this service counts, and what it reads when it is scraped.
 
 With several API processes the counters live in files that all of them write (see `server.run`), so
-that any process answers for all. Jobs and tokens trained are read from the database, engine numbers
-from the engine: they need no counters of their own and survive restarts.
+that any process answers for all. Jobs, tokens, workers and webhooks are read from the database,
+engine numbers from the engine: they need no counters of their own and survive restarts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import (
@@ -19,7 +20,10 @@ from prometheus_client.metrics_core import (
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.values import ValueClass
 
+from core.db.repositories.overview import Totals
 from core.inference.engine import EngineStatus
+from core.job_status import TERMINAL
+from core.queue import QUEUES
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -51,13 +55,11 @@ class Snapshot:
     """Numbers read at scrape time.
 
     Attributes:
-        jobs_by_status: Jobs of all projects; `None` when the database could not be read.
-        trained_tokens: Tokens of all jobs on which a loss was computed.
+        totals: `None` when the database could not be read.
         engine: `None` when the engine did not answer.
     """
 
-    jobs_by_status: Mapping[str, int] | None = field(default_factory=dict)
-    trained_tokens: int = 0
+    totals: Totals | None = None
     engine: EngineStatus | None = None
 
 
@@ -95,20 +97,14 @@ class _SnapshotCollector:
 
     def collect(self) -> Iterable[Metric]:
         snapshot = self._snapshot
-        up = snapshot.jobs_by_status is not None
         yield GaugeMetricFamily(
-            "tunesmith_database_up", "Whether the database could be read.", value=float(up)
+            "tunesmith_database_up",
+            "Whether the database could be read.",
+            value=float(snapshot.totals is not None),
         )
-        if snapshot.jobs_by_status is not None:
-            jobs = GaugeMetricFamily("tunesmith_jobs", "Jobs by status.", labels=["status"])
-            for status, count in sorted(snapshot.jobs_by_status.items()):
-                jobs.add_metric([status], count)
-            yield jobs
-            yield GaugeMetricFamily(
-                "tunesmith_trained_tokens",
-                "Tokens on which the loss of present jobs was computed.",
-                value=snapshot.trained_tokens,
-            )
+        if snapshot.totals is not None:
+            yield from _job_metrics(snapshot.totals)
+            yield from _delivery_metrics(snapshot.totals)
         yield GaugeMetricFamily(
             "tunesmith_engine_up",
             "Whether the engine answered within the scrape.",
@@ -116,6 +112,65 @@ class _SnapshotCollector:
         )
         if snapshot.engine is not None:
             yield from _engine_metrics(snapshot.engine)
+
+
+def _job_metrics(totals: Totals) -> Iterable[Metric]:
+    jobs = GaugeMetricFamily(
+        "tunesmith_jobs", "Jobs that have not ended, by status.", labels=["status"]
+    )
+    ages = GaugeMetricFamily(
+        "tunesmith_oldest_job_age_seconds",
+        "Time since the oldest job of a status was submitted.",
+        labels=["status"],
+    )
+    for status, count in totals.unfinished.items():
+        jobs.add_metric([status], count)
+        oldest = totals.oldest.get(status)
+        ages.add_metric([status], max(0.0, time.time() - oldest.timestamp()) if oldest else 0.0)
+    ended = CounterMetricFamily(
+        "tunesmith_jobs_ended",
+        "Ends of jobs, by how; a job that is tried again ends again.",
+        labels=["status"],
+    )
+    for status in TERMINAL:
+        ended.add_metric([status], totals.ended.get(status, 0))
+    workers = GaugeMetricFamily(
+        "tunesmith_workers", "Workers that have reported lately, by queue.", labels=["queue"]
+    )
+    for queue in QUEUES:
+        workers.add_metric([queue], totals.workers.get(queue, 0))
+    yield from (jobs, ages, ended, workers)
+    yield GaugeMetricFamily(
+        "tunesmith_expired_leases",
+        "Jobs whose worker has fallen silent and that the sweep has yet to find.",
+        value=totals.expired_leases,
+    )
+    yield GaugeMetricFamily(
+        "tunesmith_trained_tokens",
+        "Tokens on which the loss of ended and running jobs was computed.",
+        value=totals.trained_tokens,
+    )
+    yield GaugeMetricFamily(
+        "tunesmith_job_work_seconds",
+        "Time that workers have spent on training the jobs that have ended.",
+        value=totals.used_seconds,
+    )
+
+
+def _delivery_metrics(totals: Totals) -> Iterable[Metric]:
+    deliveries = GaugeMetricFamily(
+        "tunesmith_webhook_deliveries",
+        "Webhook messages that are not delivered: pending, or dead after the last attempt.",
+        labels=["status"],
+    )
+    for status, count in totals.deliveries.items():
+        deliveries.add_metric([status], count)
+    yield deliveries
+    yield GaugeMetricFamily(
+        "tunesmith_webhook_delay_seconds",
+        "For how long the oldest pending webhook message has been due.",
+        value=totals.delivery_delay_seconds,
+    )
 
 
 def _engine_metrics(status: EngineStatus) -> Iterable[Metric]:

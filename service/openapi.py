@@ -22,6 +22,7 @@ TAGS = [
     {"name": "datasets", "description": "Training rows."},
     {"name": "jobs", "description": "Fine-tuning jobs and their progress."},
     {"name": "adapters", "description": "What jobs publish: names, versions, aliases."},
+    {"name": "webhooks", "description": "Messages to your own services when something happens."},
     {"name": "generate", "description": "Answers from the base model or an adapter."},
     {"name": "models", "description": "Base models."},
     {"name": "operations", "description": "Health, metrics, engine and workers."},
@@ -30,12 +31,12 @@ TAGS = [
 _MEANINGS = {
     400: "The body is not JSON.",
     401: "No valid API key.",
-    403: "The key lacks the scope, or host or origin are not allowed.",
+    403: "The key lacks the scope, host or origin are not allowed, or a quota is reached.",
     404: "No such object in the caller's project.",
     409: "The object's state refuses the request.",
     413: "The request is larger than allowed.",
     422: "A field, line or file is invalid; `field`, `line` and `errors` say where.",
-    429: "The engine is full; retry after `Retry-After` seconds.",
+    429: "The engine is full, or a quota reached; retry after `Retry-After` seconds.",
     503: "A part of the service is unavailable; retry after `Retry-After` seconds.",
 }
 

@@ -67,13 +67,15 @@ async def scrape(services: Services) -> Snapshot:
     """Read what the metrics show beside the counters; a part that is down is left out."""
     engine = await engine_status(services)
     try:
-        by_status, tokens = await run_in_threadpool(_read_totals, services)
+        totals = await run_in_threadpool(_read_totals, services)
     except SQLAlchemyError as error:
         log.warning("scrape_without_database", error=type(error).__name__)
-        return Snapshot(jobs_by_status=None, engine=engine)
-    return Snapshot(jobs_by_status=by_status, trained_tokens=tokens, engine=engine)
+        return Snapshot(totals=None, engine=engine)
+    return Snapshot(totals=totals, engine=engine)
 
 
-def _read_totals(services: Services) -> tuple[dict[str, int], int]:
+def _read_totals(services: Services) -> queries.Totals:
     with services.database.session() as session:
-        return queries.count_jobs(session), queries.sum_trained_tokens(session)
+        return queries.read_totals(
+            session, worker_silence_seconds=services.settings.worker_silence_seconds
+        )

@@ -25,8 +25,6 @@ from service.schemas import Check, Readiness
 
 _OK = Check(ok=True)
 _TIMEOUT_SECONDS = 3.0
-# Workers report at least once per idle poll; one may be late without being gone.
-_MISSED_REPORTS = 3
 
 
 async def check(services: Services) -> Readiness:
@@ -63,16 +61,20 @@ def _check_database(services: Services) -> Check:
             present = MigrationContext.configure(connection).get_current_revision()
     except SQLAlchemyError as error:
         return _failed(f"the database cannot be reached ({type(error).__name__})")
-    due = migrations.head()
-    if present == due:
+    if migrations.standing(present) != "behind":
         return _OK
     return _failed(
-        f"the schema is at {present or 'nothing'}, not {due}; run `tunesmith db upgrade`"
+        f"the schema is at {present or 'nothing'}, not {migrations.head()}; "
+        "run `tunesmith db upgrade`"
     )
 
 
 def _check_storage(services: Services) -> Check:
-    return _check_writable(services.settings.root / "tmp")
+    try:
+        services.store.check_writable()
+    except TunesmithError as error:
+        return _failed(error.message)
+    return _OK
 
 
 def _check_broker(services: Services) -> Check:
@@ -119,10 +121,7 @@ def _check_worker(services: Services, queue: str) -> Check:
 
 
 def _is_alive(services: Services, worker: WorkerRead) -> bool:
-    limit = max(
-        services.settings.lease_seconds, _MISSED_REPORTS * services.settings.idle_poll_seconds
-    )
-    return worker.seconds_since_heartbeat <= limit
+    return worker.seconds_since_heartbeat <= services.settings.worker_silence_seconds
 
 
 def _check_writable(directory: Path) -> Check:

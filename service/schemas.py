@@ -15,6 +15,7 @@ from core.inference.engine import (
     Timings,
     TokenLogprob,
 )
+from core.webhooks import EVENTS
 
 MAX_MESSAGES = 2048
 
@@ -136,6 +137,45 @@ class AliasBody(BaseModel):
     version: int = Field(ge=1, le=2**31 - 1)
 
 
+_WEBHOOK_EXAMPLE: dict[str, JsonValue] = {
+    "url": "https://example.com/tunesmith",
+    "events": ["job.succeeded", "job.failed"],
+}
+EventNames = Annotated[list[str], Field(max_length=32)]
+
+
+class WebhookBody(BaseModel):
+    """A webhook to add."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra={"examples": [_WEBHOOK_EXAMPLE]}
+    )
+    url: str = Field(description="An https URL on the public internet.")
+    events: EventNames | None = Field(
+        None, description=f"Some of {', '.join(EVENTS)}; all of them by default."
+    )
+
+
+class WebhookChanges(BaseModel):
+    """What shall be different about a webhook."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra={"examples": [{"enabled": False}]}
+    )
+    url: str | None = None
+    events: EventNames | None = None
+    enabled: bool | None = None
+
+
+class JobChange(BaseModel):
+    """What may change of a job that has not ended."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, json_schema_extra={"examples": [{"priority": 10}]}
+    )
+    priority: int = Field(ge=-100, le=100, description="Higher runs first.")
+
+
 class RowRead(_Answer):
     """One row of a data set; `line` counts from 1."""
 
@@ -232,5 +272,8 @@ class Problem(BaseModel):
     line: int | None = None
     hint: str | None = None
     errors: list[dict[str, Any]] | None = None
+    limit: dict[str, Any] | None = Field(
+        None, description="Of `quota_exceeded`: the quota's name, its value and what is used."
+    )
     instance: str
     request_id: str | None

@@ -12,17 +12,18 @@ import migrations
 from core.auth import LOCAL, Principal
 from core.config import Settings
 from core.db.session import Database
+from core.secret_files import file_variables_of, variables_of
 from core.storage import LocalStore
 from tests.support.databases import PostgresServer, running_postgres, running_redis
+from tests.support.object_store import ObjectStoreServer, running_s3
 
 
 @pytest.fixture(autouse=True)
 def _default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the settings of whoever runs the tests out of them."""
-    for name in ("DATABASE_URL", "BROKER_URL", "ENGINE_URLS"):
-        monkeypatch.delenv(name, raising=False)
-    for name in Settings.model_fields:
-        monkeypatch.delenv(f"TUNESMITH_{name.upper()}", raising=False)
+    for field in Settings.model_fields:
+        for name in (*variables_of(Settings, field), *file_variables_of(Settings, field)):
+            monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -102,3 +103,18 @@ def redis_url(_redis_server: str) -> str:
     with redis.Redis.from_url(_redis_server) as client:
         client.flushall()
     return _redis_server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[ObjectStoreServer]:
+    """One S3 server for all tests; take `s3_url` for a store of your own."""
+    with running_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server: ObjectStoreServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty store on a real S3 server, which this process finds."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server.new_url()

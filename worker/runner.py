@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -35,6 +35,10 @@ _REGISTER_SECONDS = 5.0
 _AFTER_ERROR_SECONDS = 1.0
 _SETTLE_SECONDS = 3.0
 _CHILDS_SHARE_OF_GRACE = 0.75
+_LOOK_SECONDS = 0.2
+_LONGEST_WAIT_SECONDS = 30.0
+
+T = TypeVar("T")
 
 log = get_logger(__name__)
 
@@ -188,7 +192,12 @@ class Runner:
     def _run_child(self, claim: jobs.Claim, lease: Lease, work_dir: Path) -> Outcome:
         if self._stop_reason(lease) is not None:
             return Stopped(forced=False)
-        task = self._stage.task(lease, work_dir, self._stopping)
+        try:
+            task = self._until_available(
+                lease, lambda: self._stage.task(lease, work_dir, self._stopping)
+            )
+        except _Interrupted:
+            return Stopped(forced=False)
         checkpoints = self._stage.receive(lease, self._stopping)
         grace = _Grace(self._settings.grace_seconds, lambda: self._stop_reason(lease))
         try:
@@ -216,7 +225,10 @@ class Runner:
             case _ if reason == "cancel":
                 conclude(jobs.cancelled)
             case Finished(result):
-                self._stage.succeed(result, conclude)
+                try:
+                    self._until_available(lease, lambda: self._stage.succeed(result, conclude))
+                except _Interrupted:
+                    self._conclude(lease, Stopped(forced=False))
             case Failed(error) if not self._retries_smaller(lease.claim, error):
                 conclude(jobs.fail, error=from_wire(error).as_dict())
             case Failed(error):
@@ -234,6 +246,30 @@ class Runner:
                 self._lose(conclude, why)
             case Stopped():
                 self._lose(conclude, "it had to be killed")
+
+    def _until_available(self, lease: Lease, do: Callable[[], T]) -> T:
+        """Do something again and again while a part of the service is away that it needs.
+
+        Raises:
+            _Interrupted: The work shall stop meanwhile.
+        """
+        wait_seconds = _AFTER_ERROR_SECONDS
+        while True:
+            try:
+                return do()
+            except TunesmithError as error:
+                if not error.retryable:
+                    raise
+                log.warning("waiting_for_service", code=error.code, error=error.message)
+                lease.add(
+                    jobs.EventUpdate("waiting", {"code": error.code, "reason": error.message})
+                )
+            until = time.monotonic() + wait_seconds
+            while time.monotonic() < until:
+                if self._stop_reason(lease) is not None:
+                    raise _Interrupted
+                self._stopping.wait(_LOOK_SECONDS)
+            wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
 
     def _retries_smaller(self, claim: jobs.Claim, error: dict[str, Any]) -> bool:
         return error.get("code") == "out_of_memory" and claim.memory_rung < LAST_RUNG
@@ -329,6 +365,10 @@ class Runner:
             log.warning("database_away", error=str(error).splitlines()[0])
         else:
             log.exception("runner_error")
+
+
+class _Interrupted(Exception):
+    """The work shall stop while it waits for a part of the service."""
 
 
 class _Grace:

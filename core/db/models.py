@@ -15,6 +15,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -56,8 +57,10 @@ class Project(Base):
     max_running_jobs: Mapped[int | None]
     max_stored_rows: Mapped[int | None] = mapped_column(BigInteger)
     max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    # When a worker last started one of its jobs, by the database's clock.
+    # When a worker last began to train one of its jobs, and to validate one; by the database's
+    # clock.
     last_claim_epoch: Mapped[float] = mapped_column(default=0.0)
+    last_validation_epoch: Mapped[float] = mapped_column(default=0.0)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
@@ -117,7 +120,22 @@ class Job(Base):
             "ix_jobs_project_id_status_queue_rank_id", "project_id", "status", "queue_rank", "id"
         ),
         Index("ix_jobs_project_id_adapter_name_id", "project_id", "adapter_name", "id"),
-        Index("ix_jobs_status_lease_expires_epoch", "status", "lease_expires_epoch"),
+        Index("ix_jobs_project_id_base_model_id", "project_id", "base_model", "id"),
+        # The jobs that workers hold, for the sweep. It does not hold the lease's end: an index on
+        # what every heartbeat changes would have each of them rewrite all indexes of the row.
+        Index(
+            "ix_jobs_worker_id",
+            "worker_id",
+            postgresql_where=text("worker_id IS NOT NULL"),
+            sqlite_where=text("worker_id IS NOT NULL"),
+        ),
+        # Which ended jobs are past their time.
+        Index(
+            "ix_jobs_finished_at",
+            "finished_at",
+            postgresql_where=text("finished_at IS NOT NULL"),
+            sqlite_where=text("finished_at IS NOT NULL"),
+        ),
     )
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
@@ -142,9 +160,10 @@ class Job(Base):
     # Once true, a job that waits again waits for training.
     validated: Mapped[bool] = mapped_column(Boolean, default=False)
 
-    # What a worker must have to run it.
+    # What a worker must have to train it; on CUDA the same job may need less.
     required_device: Mapped[str] = mapped_column(String(16), default="any")
     required_memory_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    required_cuda_memory_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     # How far the next attempt goes down the memory ladder.
     memory_rung: Mapped[int] = mapped_column(default=0)
     # By the database's clock; earlier attempts are summed in `used_seconds`.
@@ -174,8 +193,8 @@ class IdempotencyKey(Base):
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     body_sha256: Mapped[str] = mapped_column(String(64))
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
-    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
 
 
 class JobEvent(Base):
@@ -221,12 +240,13 @@ class JobCheckpoint(Base):
 
 
 class UsageTotal(Base):
-    """What a project's ended jobs add up to, so that no read has to count them."""
+    """What a project's ended jobs add up to; see `core.db.repositories.usage` for what counts."""
 
     __tablename__ = "usage_totals"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
     # The status that the jobs ended in.
     status: Mapped[str] = mapped_column(String(16), primary_key=True)
+    # How often a job ended so; a job that is tried again ends more than once.
     jobs: Mapped[int] = mapped_column(BigInteger, default=0)
     trained_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     used_seconds: Mapped[float] = mapped_column(default=0.0)
@@ -242,6 +262,9 @@ class Webhook(Base):
     url: Mapped[str] = mapped_column(String(2048))
     # Needed in clear to sign with; shown once.
     secret: Mapped[str] = mapped_column(String(128))
+    # The one before the last rotation signs besides, until this moment of the database's clock.
+    previous_secret: Mapped[str | None] = mapped_column(String(128))
+    previous_secret_until_epoch: Mapped[float | None]
     events: Mapped[list[str]]
     enabled: Mapped[bool] = mapped_column(Boolean, default=True)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
@@ -334,6 +357,8 @@ class Worker(Base):
     memory_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     # Name of the base model that its child has in memory.
     warm_base: Mapped[str | None] = mapped_column(String(128))
+    # Names of the base models whose files its machine lacks.
+    absent_base_models: Mapped[list[str]] = mapped_column(default=list)
 
 
 class Lease(Base):

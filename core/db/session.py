@@ -13,6 +13,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 _BUSY_TIMEOUT_MILLISECONDS = 15_000
 _WAL_RETRY_SECONDS = 0.02
+# Postgres ends the transaction of a process that hangs or is cut off; its locks would last.
+_IDLE_TRANSACTION_SECONDS = 15
 
 
 def create_database(url: str) -> Engine:
@@ -22,7 +24,7 @@ def create_database(url: str) -> Engine:
     `Database.session`, so that a claim never fails half-way with a stale snapshot.
     """
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=10)
+        return _create_postgres(url)
     engine = create_engine(
         url, connect_args={"timeout": _BUSY_TIMEOUT_MILLISECONDS / 1000, "check_same_thread": False}
     )
@@ -41,6 +43,20 @@ def create_database(url: str) -> Engine:
     def _begin(connection: Any) -> None:
         write = connection.get_execution_options().get("write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _create_postgres(url: str) -> Engine:
+    engine = create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=10)
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _: Any) -> None:
+        # Not as an option of the connection, which poolers in between do not pass on.
+        with connection.cursor() as cursor:
+            limit = f"{_IDLE_TRANSACTION_SECONDS * 1000:.0f}"
+            cursor.execute(f"SET idle_in_transaction_session_timeout = {limit}")
+        connection.commit()
 
     return engine
 

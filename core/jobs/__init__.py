@@ -2,18 +2,20 @@
 
 The states and moves are in `core.job_status`.
 
-`submission` and `views` serve the job's owner; `leases` and `sweep` serve workers, whose every
-write names the attempt it belongs to. Knows no queue: whoever commits a submission sends the
+`submission`, `control` and `views` serve the job's owner; `leases` and `sweep` serve workers, whose
+every write names the attempt it belongs to. Knows no queue: whoever commits a submission sends the
 wake-up. Knows no files but through the artifact store.
 """
 
-from core.db.repositories.claims import Stage
+from core.capabilities import Capabilities
+from core.db.repositories.queue import Stage
 from core.jobs.checkpoints import (
     CheckpointRef,
     add_checkpoint,
     begin_training,
     reject_checkpoint,
 )
+from core.jobs.control import cancel, delete, pause, resume, retry, set_priority
 from core.jobs.leases import (
     Claim,
     cancelled,
@@ -25,7 +27,7 @@ from core.jobs.leases import (
     succeed,
     validated,
 )
-from core.jobs.submission import cancel, delete, submit
+from core.jobs.submission import accept, submit
 from core.jobs.sweep import (
     attempt_lost,
     forget_worker,
@@ -35,10 +37,11 @@ from core.jobs.sweep import (
     sweep,
 )
 from core.jobs.updates import EventUpdate, MetricUpdate, ProgressUpdate, Update
-from core.jobs.views import events, get, list_jobs, metrics, report
+from core.jobs.views import checkpoints, events, get, list_jobs, metrics, report
 from core.reads import JobRead, Page
 
 __all__ = [
+    "Capabilities",
     "CheckpointRef",
     "Claim",
     "EventUpdate",
@@ -48,11 +51,13 @@ __all__ = [
     "ProgressUpdate",
     "Stage",
     "Update",
+    "accept",
     "add_checkpoint",
     "attempt_lost",
     "begin_training",
     "cancel",
     "cancelled",
+    "checkpoints",
     "claim",
     "delete",
     "events",
@@ -64,11 +69,15 @@ __all__ = [
     "list_jobs",
     "list_workers",
     "metrics",
+    "pause",
     "record",
     "register_worker",
     "reject_checkpoint",
     "release",
     "report",
+    "resume",
+    "retry",
+    "set_priority",
     "submit",
     "succeed",
     "sweep",

@@ -7,6 +7,7 @@ that writes, so a worker that was taken for dead changes nothing when it comes b
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,11 +18,13 @@ from sqlalchemy.orm import Session
 from core import failpoints, registry
 from core.artifacts import Manifest
 from core.base_models import to_ref
+from core.capabilities import ANY, Capabilities
 from core.db.models import Job, utc_now
 from core.db.repositories.base_models import BaseModelRepository
-from core.db.repositories.claims import ClaimRepository, Stage
+from core.db.repositories.claims import ClaimRepository
 from core.db.repositories.datasets import find_by_id
 from core.db.repositories.history import Event, HistoryRepository
+from core.db.repositories.queue import Stage
 from core.db.session import Database
 from core.errors import TunesmithError
 from core.inference.engine import BaseModelRef
@@ -29,6 +32,10 @@ from core.jobs.checkpoints import CheckpointRef, usable_checkpoints
 from core.jobs.updates import EventUpdate, MetricUpdate, ProgressUpdate, Update
 from core.specs import JobSpec
 from core.storage import ArtifactStore
+
+# While owners are changing the jobs that a worker would take.
+_MAX_TRIES = 20
+_TRY_AGAIN_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -59,24 +66,46 @@ class Claim:
 
 
 def claim(
-    database: Database, *, worker_id: str, stage: Stage, lease_seconds: float
+    database: Database,
+    *,
+    worker_id: str,
+    stage: Stage,
+    lease_seconds: float,
+    worker: Capabilities = ANY,
+    running_quota: int = 0,
 ) -> Claim | None:
-    """Take the best waiting job for a stage: highest priority, then oldest.
+    """Take the best waiting job for a stage, by priority, turn between projects, and age.
+
+    Args:
+        database: Where.
+        worker_id: Who takes it.
+        stage: What the worker does with it.
+        lease_seconds: How long the first lease lasts.
+        worker: What the worker has; it gets no job that needs more.
+        running_quota: How many jobs a project may have in training that has no quota of its own;
+            0 is no limit.
 
     Returns:
-        `None` when nothing waits.
+        `None` when nothing waits that the worker can run.
     """
+    tries = 0
     while True:
         with database.session(write=True) as session:
             claims = ClaimRepository(session, worker_id)
-            job = claims.claim(stage, lease_seconds)
+            job = claims.claim(stage, lease_seconds, worker, running_quota)
             if job is None:
-                return None
-            opened = _open(session, job, stage)
-            if isinstance(opened, Claim):
-                return opened
-            # The job cannot be worked on at all; fail it instead of meeting it again for ever.
-            claims.end(job.id, job.attempt, stage, "failed", _failure(opened), error=opened)
+                tries += 1
+                if tries > _MAX_TRIES or not claims.is_waiting(stage, worker, running_quota):
+                    return None
+            else:
+                opened = _open(session, job, stage)
+                if isinstance(opened, Claim):
+                    return opened
+                # It cannot be worked on at all; fail it instead of meeting it again for ever.
+                claims.end(job.id, job.attempt, stage, "failed", _failure(opened), error=opened)
+        if job is None:
+            # Its owner was changing it; that takes a moment.
+            time.sleep(_TRY_AGAIN_SECONDS)
 
 
 def heartbeat(database: Database, claim: Claim, worker_id: str, lease_seconds: float) -> str | None:
@@ -90,14 +119,29 @@ def heartbeat(database: Database, claim: Claim, worker_id: str, lease_seconds: f
         return claims.renew(claim.job_id, claim.attempt, claim.stage, lease_seconds).stop_requested
 
 
-def record(database: Database, claim: Claim, worker_id: str, updates: Sequence[Update]) -> None:
+def record(
+    database: Database,
+    claim: Claim,
+    worker_id: str,
+    updates: Sequence[Update],
+    *,
+    lease_seconds: float | None = None,
+) -> str | None:
     """Store events, measurements and progress in one transaction.
+
+    Args:
+        database: Where.
+        claim: The attempt that reports.
+        worker_id: Who holds it.
+        updates: What it reports.
+        lease_seconds: Extend the lease as well, for which no second transaction is needed.
+
+    Returns:
+        What the owner asks for, as from `heartbeat`.
 
     Raises:
         LeaseLost: The worker holds that attempt no longer; nothing was stored.
     """
-    if not updates:
-        return
     events: list[Event] = []
     progress: dict[str, Any] = {}
     measured: dict[int, MetricUpdate] = {}
@@ -111,9 +155,12 @@ def record(database: Database, claim: Claim, worker_id: str, updates: Sequence[U
                 earlier = measured.get(update.step, update)
                 measured[update.step] = replace(earlier, **_given(update))
     with database.session(write=True) as session:
-        ClaimRepository(session, worker_id).write(
-            claim.job_id, claim.attempt, claim.stage, events, **progress
-        )
+        claims = ClaimRepository(session, worker_id)
+        held = (claim.job_id, claim.attempt, claim.stage)
+        if lease_seconds is None:
+            job = claims.write(*held, events, **progress)
+        else:
+            job = claims.renew(*held, lease_seconds, events, **progress)
         created_at = utc_now()
         HistoryRepository(session).merge_metrics(
             [
@@ -122,7 +169,9 @@ def record(database: Database, claim: Claim, worker_id: str, updates: Sequence[U
                 for metric in measured.values()
             ]
         )
-        failpoints.reached("events.flush", job_id=claim.job_id, attempt=claim.attempt)
+        if updates:
+            failpoints.reached("events.flush", job_id=claim.job_id, attempt=claim.attempt)
+        return job.stop_requested
 
 
 def validated(database: Database, claim: Claim, worker_id: str, report: dict[str, Any]) -> None:

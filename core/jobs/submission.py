@@ -1,17 +1,15 @@
-"""What the owner of a job does to it: submit, cancel, delete."""
+"""How a job comes into being: its spec is checked against what there is, then stored."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
-from core import datasets
+from core import datasets, quotas
 from core.config import Settings
 from core.data.check import DatasetReport, check_rows
 from core.db.models import BaseModel, Dataset, IdempotencyKey, Job
@@ -19,17 +17,74 @@ from core.db.repositories.base_models import BaseModelRepository
 from core.db.repositories.datasets import DatasetRepository
 from core.db.repositories.history import advance
 from core.db.repositories.jobs import JobRepository
-from core.errors import Conflict, InvalidInput
+from core.db.session import Database
+from core.errors import Conflict, InvalidInput, QuotaExceeded, TunesmithError
 from core.ids import new_id
+from core.jobs import requirements
 from core.jobs.views import get
 from core.principal import Principal
 from core.reads import JobRead
-from core.specs import JobSpec, LoraSpec
+from core.specs import JobSpec
 from core.storage import ArtifactStore, Blob
 
 _MAX_ADAPTER_NAME = 63
 _JOB_SUFFIX = 8
 _IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Inline rows of a spec: checked, and their bytes stored."""
+
+    blob: Blob
+    report: DatasetReport
+
+
+def accept(
+    database: Database,
+    principal: Principal,
+    spec: JobSpec,
+    *,
+    settings: Settings,
+    idempotency_key: str | None = None,
+    store: ArtifactStore,
+) -> tuple[JobRead, bool]:
+    """Submit a job in a transaction of its own; inline rows of a refused one are not kept.
+
+    The caller wakes a worker if the job is new. See `submit` for arguments, result and errors.
+    """
+    _check_key(idempotency_key)
+    inline = store_rows(spec, settings, store)
+    try:
+        with database.session(write=True) as session:
+            return submit(
+                session,
+                principal,
+                spec,
+                settings=settings,
+                idempotency_key=idempotency_key,
+                store=store,
+                inline=inline,
+            )
+    except TunesmithError:
+        if inline is not None:
+            # Unless a data set has the same rows.
+            datasets.discard_blob(database, store, inline.blob.sha256)
+        raise
+
+
+def store_rows(spec: JobSpec, settings: Settings, store: ArtifactStore) -> StoredRows | None:
+    """Check and store the inline rows of a spec; `None` when it names a data set.
+
+    Raises:
+        InvalidInput: Code `invalid_dataset`, with the rows that are wrong.
+    """
+    if spec.rows is None:
+        return None
+    report = check_rows(spec.rows)
+    report.raise_for_errors()
+    lines = ((json.dumps(row) + "\n").encode("ascii") for row in spec.rows)
+    return StoredRows(store.write_blob(lines, settings.max_upload_bytes), report)
 
 
 def submit(
@@ -40,6 +95,7 @@ def submit(
     settings: Settings,
     idempotency_key: str | None = None,
     store: ArtifactStore,
+    inline: StoredRows | None = None,
 ) -> tuple[JobRead, bool]:
     """Create a job, or find the one that the idempotency key created.
 
@@ -53,6 +109,7 @@ def submit(
         settings: Limits.
         idempotency_key: The same key with the same spec gives the same job.
         store: Where inline rows go.
+        inline: From `store_rows`, which is called here otherwise.
 
     Returns:
         The job and whether it is new.
@@ -61,28 +118,35 @@ def submit(
         InvalidInput: `unknown_base_model`, `unknown_dataset`, `unknown_target_module`,
             `invalid_dataset` (inline rows) or `invalid_idempotency_key`.
         Conflict: `idempotency_key_reused`; the key came with another spec before.
+        QuotaExceeded: Too many jobs wait, or too much would be stored.
     """
-    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
-        raise InvalidInput(
-            "Idempotency-Key must have 1 to 255 printable ASCII characters",
-            code="invalid_idempotency_key",
-            field="Idempotency-Key",
-        )
-    inline = _store_rows(spec.rows, settings, store) if spec.rows is not None else None
+    _check_key(idempotency_key)
+    inline = inline or store_rows(spec, settings, store)
     body_sha256 = _fingerprint(spec)
     jobs = JobRepository(session, principal)
-    if idempotency_key is not None:
-        known = jobs.find_key(idempotency_key)
-        if known is not None:
-            return _same_job(session, principal, known, body_sha256), False
 
+    def known_job() -> JobRead | None:
+        if idempotency_key is None:
+            return None
+        known = jobs.find_key(idempotency_key)
+        return _same_job(session, principal, known, body_sha256) if known else None
+
+    if (same := known_job()) is not None:
+        return same, False
     base = _base_model(session, spec.base_model)
-    _check_target_modules(spec.lora, base.description["linear_modules"])
+    needed = requirements.estimate(spec, base.description)
+    try:
+        quotas.check_queue(session, principal, settings)
+    except QuotaExceeded:
+        # Perhaps because of the job of this very key, from a request at the same time.
+        if (same := known_job()) is not None:
+            return same, False
+        raise
     if inline is not None:
-        dataset = datasets.add_row(session, principal, store, filename="inline.jsonl", **inline)
+        dataset = _add_inline(session, principal, settings, store, inline)
     else:
         dataset = _dataset(session, principal, spec.dataset or "")
-    job = _new_job(principal, spec, dataset)
+    job = _new_job(principal, spec, dataset, needed)
     if idempotency_key is None:
         jobs.add(job)
     else:
@@ -96,59 +160,47 @@ def submit(
             # Another request with this key was first; an inline data set of ours is superfluous.
             if inline is not None:
                 DatasetRepository(session, principal).delete(dataset)
-            winner = jobs.find_key(idempotency_key)
-            if winner is None:
+            if (same := known_job()) is None:
                 raise Conflict("the job of this Idempotency-Key was just deleted; send it again")
-            return _same_job(session, principal, winner, body_sha256), False
+            return same, False
     created = {"adapter": job.adapter_name, "base_model": job.base_model, "dataset": dataset.id}
     advance(session, Job.id == job.id, events=[("created", created)])
-    return get(session, principal, job.id), True
+    return get(session, principal, job.id, settings=settings), True
 
 
-def cancel(session: Session, principal: Principal, job_id: str) -> JobRead:
-    """Cancel a waiting job at once; ask the worker of a running one to stop.
-
-    Cancelling a cancelled job changes nothing.
-
-    Args:
-        session: Opened with `write=True`.
-        principal: Who cancels.
-        job_id: The job.
-
-    Raises:
-        NotFound: Code `unknown_job`.
-        Conflict: Code `job_finished`; it has succeeded or failed.
-    """
-    jobs = JobRepository(session, principal)
-    if jobs.cancel_waiting(job_id) is None and jobs.request_cancel(job_id) is None:
-        job = jobs.get(job_id)
-        if job.status in ("succeeded", "failed"):
-            raise Conflict(f"job {job_id} has {job.status} already", code="job_finished")
-    return get(session, principal, job_id)
+def _check_key(idempotency_key: str | None) -> None:
+    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise InvalidInput(
+            "Idempotency-Key must have 1 to 255 printable ASCII characters",
+            code="invalid_idempotency_key",
+            field="Idempotency-Key",
+        )
 
 
-def delete(session: Session, principal: Principal, job_id: str) -> None:
-    """Remove an ended job with its history; what it published stays.
-
-    Args:
-        session: Opened with `write=True`.
-        principal: Who deletes.
-        job_id: The job.
-
-    Raises:
-        NotFound: Code `unknown_job`.
-        Conflict: Code `job_not_finished`.
-    """
-    jobs = JobRepository(session, principal)
-    if jobs.delete(job_id):
-        return
-    job = jobs.get(job_id)
-    raise Conflict(
-        f"job {job_id} is {job.status}", code="job_not_finished", hint="Cancel it first."
+def _add_inline(
+    session: Session,
+    principal: Principal,
+    settings: Settings,
+    store: ArtifactStore,
+    inline: StoredRows,
+) -> Dataset:
+    report, blob = inline.report, inline.blob
+    quotas.check_storage(session, principal, settings, rows=report.rows, bytes=blob.bytes)
+    return datasets.add_row(
+        session,
+        principal,
+        store,
+        filename="inline.jsonl",
+        blob=blob,
+        format=report.format,
+        rows=report.rows,
+        report=report.model_dump(mode="json"),
     )
 
 
-def _new_job(principal: Principal, spec: JobSpec, dataset: Dataset) -> Job:
+def _new_job(
+    principal: Principal, spec: JobSpec, dataset: Dataset, needed: requirements.Requirements
+) -> Job:
     job_id = new_id("job")
     name = spec.adapter or _default_adapter_name(spec.base_model, job_id)
     stored = spec.model_copy(update={"rows": None, "dataset": dataset.id, "adapter": name})
@@ -162,27 +214,15 @@ def _new_job(principal: Principal, spec: JobSpec, dataset: Dataset) -> Job:
         priority=spec.priority,
         queue_rank=-spec.priority,
         status="validating",
+        required_device=needed.device,
+        required_memory_bytes=needed.memory_bytes,
+        required_cuda_memory_bytes=needed.cuda_memory_bytes,
     )
 
 
 def _default_adapter_name(base_model: str, job_id: str) -> str:
     stem = base_model[: _MAX_ADAPTER_NAME - _JOB_SUFFIX - 1]
     return f"{stem}-{job_id[-_JOB_SUFFIX:]}"
-
-
-def _store_rows(
-    rows: list[dict[str, Any]], settings: Settings, store: ArtifactStore
-) -> dict[str, Any]:
-    report: DatasetReport = check_rows(rows)
-    report.raise_for_errors()
-    lines = ((json.dumps(row) + "\n").encode("ascii") for row in rows)
-    blob: Blob = store.write_blob(lines, settings.max_upload_bytes)
-    return {
-        "blob": blob,
-        "format": report.format,
-        "rows": report.rows,
-        "report": report.model_dump(mode="json"),
-    }
 
 
 def _base_model(session: Session, name: str) -> BaseModel:
@@ -211,25 +251,6 @@ def _dataset(session: Session, principal: Principal, dataset_id: str) -> Dataset
             hint="Upload one with POST /datasets and use the id it answers with.",
         )
     return dataset
-
-
-def _check_target_modules(lora: LoraSpec, linear_modules: Iterable[str]) -> None:
-    if lora.target_modules == "all-linear":
-        return
-    names = list(linear_modules)
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
-    for target in lora.target_modules:
-        # PEFT's rule for a list: the whole name, or its end at a dot.
-        if any(name == target or name.endswith(f".{target}") for name in names):
-            continue
-        close = difflib.get_close_matches(target, endings, n=1)
-        offer = f"Did you mean {close[0]!r}? " if close else ""
-        raise InvalidInput(
-            f"the base model has no linear module {target!r}",
-            code="unknown_target_module",
-            field="lora.target_modules",
-            hint=f"{offer}Its modules: {', '.join(endings)}.",
-        )
 
 
 def _fingerprint(spec: JobSpec) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from core.capabilities import ANY, Capabilities
 from core.db.models import Job
 from core.db.repositories.claims import ClaimRepository
 from core.db.repositories.workers import LeaseRepository, WorkerRepository
@@ -97,11 +98,19 @@ def _lose_attempt(
 
 
 def register_worker(
-    database: Database, worker_id: str, queue: str, host: str, pid: int, job_id: str | None
+    database: Database,
+    worker_id: str,
+    queue: str,
+    host: str,
+    pid: int,
+    job_id: str | None,
+    capabilities: Capabilities = ANY,
 ) -> None:
-    """Report a worker and what it works on; call it again to stay in the list."""
+    """Report a worker, what it has and what it works on; call it again to stay in the list."""
     with database.session(write=True) as session:
-        WorkerRepository(session).report(worker_id, queue=queue, host=host, pid=pid, job_id=job_id)
+        WorkerRepository(session).report(
+            worker_id, queue=queue, host=host, pid=pid, job_id=job_id, capabilities=capabilities
+        )
 
 
 def forget_worker(database: Database, worker_id: str) -> None:
@@ -119,6 +128,10 @@ def list_workers(session: Session) -> list[WorkerRead]:
             host=worker.host,
             pid=worker.pid,
             job_id=worker.job_id,
+            device=worker.device,
+            memory_bytes=worker.memory_bytes,
+            warm_base=worker.warm_base,
+            absent_base_models=worker.absent_base_models,
             seconds_since_heartbeat=max(0.0, seconds),
         )
         for worker, seconds in WorkerRepository(session).list()

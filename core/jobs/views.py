@@ -7,12 +7,16 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from core.config import Settings
 from core.db.models import Job, JobMetric
+from core.db.repositories.checkpoints import CheckpointRepository
 from core.db.repositories.history import HistoryRepository
 from core.db.repositories.jobs import JobFilter, JobRepository
 from core.errors import NotFound
+from core.jobs.waiting import Outlook, outlook
 from core.principal import Principal
 from core.reads import (
+    CheckpointRead,
     EventRead,
     JobRead,
     MetricRead,
@@ -26,16 +30,23 @@ from core.reads import (
 from core.specs import JobSpec
 
 
-def get(session: Session, principal: Principal, job_id: str) -> JobRead:
-    """Return a job, with its queue position while it is queued.
+def get(
+    session: Session, principal: Principal, job_id: str, *, settings: Settings | None = None
+) -> JobRead:
+    """Return a job; while it waits, with its place in the queue and what it waits for.
+
+    Args:
+        session: Where.
+        principal: The owner.
+        job_id: The job.
+        settings: With them, the quota of running jobs is among the reasons to wait.
 
     Raises:
         NotFound: Code `unknown_job`.
     """
     jobs = JobRepository(session, principal)
     job = jobs.get(job_id)
-    position = jobs.queue_position(job) if job.status == "queued" else None
-    return to_read(job, jobs.versions([job]), queue_position=position)
+    return to_read(job, jobs.versions([job]), expected=outlook(session, job, settings))
 
 
 def list_jobs(
@@ -122,6 +133,28 @@ def metrics(
     )
 
 
+def checkpoints(session: Session, principal: Principal, job_id: str) -> Page[CheckpointRead]:
+    """Return the checkpoints of a job that are kept, the newest first.
+
+    Raises:
+        NotFound: Code `unknown_job`.
+    """
+    JobRepository(session, principal).get(job_id)
+    return Page(
+        data=[
+            CheckpointRead(
+                step=row.step,
+                attempt=row.attempt,
+                bytes=row.bytes,
+                created_at=row.created_at,
+                usable=row.invalid_reason is None,
+                reason=row.invalid_reason,
+            )
+            for row in CheckpointRepository(session, job_id).list()
+        ]
+    )
+
+
 def report(session: Session, principal: Principal, job_id: str) -> dict[str, Any]:
     """Return a job's before/after report.
 
@@ -142,14 +175,14 @@ def to_read(
     job: Job,
     versions: Mapping[str, tuple[str, int, str]],
     *,
-    queue_position: int | None = None,
+    expected: Outlook = Outlook(),
 ) -> JobRead:
     """Return what the owner sees of a row.
 
     Args:
         job: The row.
         versions: From `JobRepository.versions`.
-        queue_position: Jobs that start before this one, if counted.
+        expected: What it can expect while it waits, if that was asked for.
     """
     spec = JobSpec.model_validate(job.spec)
     published = versions.get(job.version_id) if job.version_id else None
@@ -169,8 +202,10 @@ def to_read(
             step=job.step,
             total_steps=job.total_steps,
             percent=percent,
-            eta_seconds=job.eta_seconds,
-            queue_position=queue_position,
+            eta_seconds=expected.eta_seconds if job.eta_seconds is None else job.eta_seconds,
+            queue_position=expected.queue_position,
+            starts_in_seconds=expected.starts_in_seconds,
+            waiting_reason=expected.waiting_reason,
             trained_tokens=job.trained_tokens,
         ),
         error=job.error,

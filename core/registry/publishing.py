@@ -18,6 +18,7 @@ from core.reads import AdapterRead, VersionRead
 from core.registry.references import LATEST, NAME_HINT, is_name
 from core.registry.views import get_adapter, get_version, version_row
 from core.storage import ArtifactStore, PublishedAdapter
+from core.webhooks.outbox import tell_of_adapter
 
 
 def publish(
@@ -77,6 +78,7 @@ def publish(
             code="artifact_gone",
             hint="Publish it again.",
         )
+    tell_of_adapter(session, name, version)
     return version
 
 

@@ -12,8 +12,6 @@ from core.data.schema import Example
 from core.specs import EvaluationSpec
 from core.training.monitor import Monitor
 
-_BATCH_ROWS = 8
-
 
 def answer_samples(
     model: Any,
@@ -21,8 +19,18 @@ def answer_samples(
     examples: Sequence[Example],
     spec: EvaluationSpec,
     monitor: Monitor,
+    *,
+    batch_rows: int = 8,
 ) -> list[dict[str, Any]]:
     """Answer the examples' prompts greedily, without and with the adapter.
+
+    Args:
+        model: The base model with its adapter.
+        tokenizer: Its tokenizer.
+        examples: Where prompts come from.
+        spec: How many, and how long the answers may be.
+        monitor: Asked whether to stop before each token.
+        batch_rows: Prompts answered at a time.
 
     Returns:
         For each example `prompt` (the last question, or the plain text), `messages` (what came
@@ -34,8 +42,8 @@ def answer_samples(
     chosen = examples[: spec.samples]
     prompts = [_prompt_of(example, tokenizer) for example in chosen]
     answers: dict[str, list[str]] = {"base": [], "adapter": []}
-    for start in range(0, len(prompts), _BATCH_ROWS):
-        batch = prompts[start : start + _BATCH_ROWS]
+    for start in range(0, len(prompts), batch_rows):
+        batch = prompts[start : start + batch_rows]
         with model.disable_adapter():
             answers["base"] += _generate(model, tokenizer, batch, spec.max_new_tokens, monitor)
         answers["adapter"] += _generate(model, tokenizer, batch, spec.max_new_tokens, monitor)

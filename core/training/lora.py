@@ -4,38 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from core.artifacts import CONFIG_FILE, WEIGHTS_FILE
-from core.errors import InvalidInput
 from core.specs import LoraSpec
-
-
-def resolve_targets(spec: LoraSpec, modules: Mapping[str, list[int]]) -> list[str]:
-    """Return the full names of the modules that a spec adapts, in the model's order.
-
-    A name in the spec means every module that is called so or whose path ends with it.
-
-    Raises:
-        InvalidInput: Code `unknown_target_module`; a name means no module.
-    """
-    if spec.target_modules == "all-linear":
-        return list(modules)
-    for target in spec.target_modules:
-        if not any(_is_meant(target, name) for name in modules):
-            endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
-            close = get_close_matches(target, endings, n=1)
-            raise InvalidInput(
-                f"the base model has no linear module {target!r}",
-                code="unknown_target_module",
-                field="lora.target_modules",
-                hint=f"Did you mean {close[0]!r}?" if close else f"It has {', '.join(endings)}.",
-            )
-    return [
-        name for name in modules if any(_is_meant(target, name) for target in spec.target_modules)
-    ]
+from core.target_modules import resolve_targets
 
 
 def attach_lora(model: Any, spec: LoraSpec, modules: Mapping[str, list[int]], base: str) -> Any:
@@ -69,17 +43,42 @@ def attach_lora(model: Any, spec: LoraSpec, modules: Mapping[str, list[int]], ba
 
 def save_lora(model: Any, directory: Path) -> None:
     """Write the adapter's weights and config as PEFT reads them, in float32."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    # Without the setting PEFT would look for the base model on the network.
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_weights(model, directory / WEIGHTS_FILE)
     model.active_peft_config.save_pretrained(directory)
     if not (directory / CONFIG_FILE).is_file():
         raise RuntimeError(f"PEFT wrote no {CONFIG_FILE}")
 
 
-def _is_meant(target: str, name: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+def save_weights(model: Any, path: Path) -> None:
+    """Write the adapter's weights under PEFT's names, in float32."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: tensor.detach().float().cpu().contiguous() for name, tensor in _state(model).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load_weights(model: Any, path: Path) -> None:
+    """Give the adapter the weights that `save_weights` wrote for one of the same shape.
+
+    Raises:
+        ValueError: They are those of another adapter.
+    """
+    from safetensors.torch import load_file
+
+    tensors, state = load_file(path), _state(model)
+    if {name: tensor.shape for name, tensor in tensors.items()} != {
+        name: tensor.shape for name, tensor in state.items()
+    }:
+        raise ValueError(f"{path.name} holds the weights of another adapter")
+    for name, tensor in state.items():
+        # These are views of the parameters themselves.
+        tensor.copy_(tensors[name])
+
+
+def _state(model: Any) -> dict[str, Any]:
+    from peft import get_peft_model_state_dict
+
+    # Without the setting PEFT would look for the base model on the network.
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))

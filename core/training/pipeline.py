@@ -1,7 +1,7 @@
 """The pipeline: from a data set and a base model to a published-ready adapter directory.
 
-    ingest → render and mask → split → load base → attach LoRA → train → evaluate before/after
-    → package → gate
+    ingest → render and mask → split → load base → attach LoRA → train → select best
+    → evaluate before/after → package → gate
 
 `run_training` reads as that list. Training itself is TRL's.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from accelerate.state import GradientState
 from transformers import set_seed
 
+from core import failpoints
 from core.artifacts import sha256_file
 from core.causal_lm import linear_modules
 from core.data.dry_run import (
@@ -31,14 +33,18 @@ from core.data.split import split_rows
 from core.data.tokenizer import TokenizerCache, read_context_length
 from core.training.base_model import WarmBase
 from core.training.callback import MonitorCallback
+from core.training.checkpoints import Measured
 from core.training.device import select_device, select_dtype, set_threads
 from core.training.evaluation import answer_samples
 from core.training.lora import attach_lora
+from core.training.memory_ladder import BatchPlan, plan_batches
 from core.training.monitor import Monitor, start_stage
 from core.training.packaging import measure_effect, package_adapter
+from core.training.saving import SavingCallback
 from core.training.task import TrainTask
 from core.training.trainer import AdapterTrainer, build_trainer
 
+_SAMPLES_AT_ONCE = 8
 _RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tunesmith")
 
 
@@ -62,10 +68,15 @@ class Pipeline:
         Raises:
             InvalidInput: The data set or the spec cannot be trained.
             TrainingFailed: Training gave no usable adapter.
-            Stopped: The monitor asked for it.
+            Stopped: The monitor asked for it. What was learnt is in the last checkpoint that was
+                sent, if it stops for a while only.
         """
         try:
             return self._run(task, monitor)
+        except BaseException as error:
+            # The frames that it went through hold the model, the gradients and the activations.
+            traceback.clear_frames(error.__traceback__)
+            raise
         finally:
             # Trainer and model refer to each other; the next job needs the memory.
             gc.collect()
@@ -85,46 +96,57 @@ class Pipeline:
         training, validation = _split(task, data)
 
         start_stage(monitor, "load")
+        failpoints.reached("base.load", job_id=task.job_id, attempt=task.attempt)
         model = self._bases.borrow(task.base, dtype, device)
         modules = linear_modules(model)
         _seed(spec.training.seed)
         model = attach_lora(model, spec.lora, modules, task.base.name)
 
         start_stage(monitor, "train")
-        callback = MonitorCallback(monitor)
-        trainer = callback.trainer = build_trainer(
+        plan = _plan_batches(task, monitor)
+        reporting = MonitorCallback(monitor, job_id=task.job_id, attempt=task.attempt)
+        saving = SavingCallback(monitor, spec.training)
+        trainer = reporting.trainer = saving.trainer = build_trainer(
             model,
             tokenizer,
             spec,
             [row.rendered for row in training],
             [row.rendered for row in validation],
+            plan=plan,
             work_dir=task.work_dir,
             device=device,
             dtype=dtype,
-            callbacks=[callback],
+            monitor=monitor,
+            callbacks=[reporting, saving],
+            started=started,
         )
-        trainer.train()
+        trainer.train_from(task.resume_dir)
+        _report_early_stop(trainer, monitor)
+        best = _select_best(trainer, monitor) if spec.training.load_best_model_at_end else None
 
-        start_stage(monitor, "evaluate")
-        model.eval()
-        report = _evaluate(trainer, callback, tokenizer, task, training, validation, monitor)
+        with trainer.kept_on_stop():
+            start_stage(monitor, "evaluate")
+            model.eval()
+            report = _evaluate(trainer, best, tokenizer, task, training, validation, monitor)
 
-        start_stage(monitor, "package")
-        directory = task.work_dir / "artifact"
-        manifest = package_adapter(model, tokenizer, task.base, modules, directory)
+            start_stage(monitor, "package")
+            directory = task.work_dir / "artifact"
+            manifest = package_adapter(model, tokenizer, task.base, modules, directory)
 
-        start_stage(monitor, "gate")
-        effect = measure_effect(model, manifest.golden_token_ids)
+            start_stage(monitor, "gate")
+            effect = measure_effect(model, manifest.golden_token_ids)
 
         trainable, total = model.get_nb_trainable_parameters()
         provenance = {
             "dataset_sha256": sha256_file(task.data_path),
             "base_model": task.base.name,
             "base_digest": task.base.digest,
-            "seconds": round(time.monotonic() - started, 3),
+            "seconds": round(trainer.count_seconds(), 3),
             "steps": trainer.state.global_step,
-            "tokens": trainer.seen_tokens,
-            "final_loss": callback.last_loss,
+            "best_step": best.step if best else None,
+            "resumed_from_steps": trainer.run.resumed_from,
+            "tokens": trainer.run.seen_tokens,
+            "final_loss": trainer.run.last_loss,
             "golden_logit_change": effect,
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
@@ -133,7 +155,7 @@ class Pipeline:
             "versions": _versions(),
         }
         report |= {
-            "train_loss": callback.last_loss,
+            "train_loss": trainer.run.last_loss,
             "training_rows": len(training),
             "validation_rows": len(validation),
             "trainable_parameters": trainable,
@@ -167,9 +189,32 @@ def _seed(seed: int) -> None:
     set_seed(seed)
 
 
+def _plan_batches(task: TrainTask, monitor: Monitor) -> BatchPlan:
+    plan = plan_batches(task.spec.training, task.memory_rung)
+    if task.memory_rung:
+        data = {"rung": task.memory_rung, **plan.as_dict()}
+        monitor.send("log", type="memory_rung", data=data)
+    return plan
+
+
+def _report_early_stop(trainer: AdapterTrainer, monitor: Monitor) -> None:
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        data = {"step": state.global_step, "total_steps": state.max_steps}
+        monitor.send("log", type="early_stopped", data=data)
+
+
+def _select_best(trainer: AdapterTrainer, monitor: Monitor) -> Measured | None:
+    best = trainer.use_best()
+    if best is not None:
+        data = {"step": best.step, "eval_loss": best.loss}
+        monitor.send("log", type="best_selected", data=data)
+    return best
+
+
 def _evaluate(
     trainer: AdapterTrainer,
-    callback: MonitorCallback,
+    best: Measured | None,
     tokenizer: Any,
     task: TrainTask,
     training: Sequence[RenderedRow],
@@ -178,8 +223,11 @@ def _evaluate(
 ) -> dict[str, Any]:
     losses: dict[str, float | None] = {"eval_loss": None, "base_eval_loss": None}
     if validation:
-        step, loss = callback.last_evaluation or (-1, 0.0)
-        if step != trainer.state.global_step:
+        known = best or trainer.run.last_evaluation
+        step = best.step if best else trainer.state.global_step
+        if known is not None and known.step == step:
+            loss = known.loss
+        else:
             loss = trainer.mean_loss(trainer.eval_dataset)
         losses["eval_loss"] = loss
         with trainer.model.disable_adapter():
@@ -190,6 +238,7 @@ def _evaluate(
         [row.example for row in validation or training],
         task.spec.evaluation,
         monitor,
+        batch_rows=max(1, _SAMPLES_AT_ONCE >> task.memory_rung),
     )
     return {"samples": samples, **losses}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from core.data.detect import DatasetFormat
 from core.inference.engine import BaseModelRef
-from core.specs import JobSpec
+from core.specs import LAST_RUNG, JobSpec
 
 
 class TrainTask(BaseModel):
@@ -22,6 +22,8 @@ class TrainTask(BaseModel):
         data_path: The data set's file.
         data_format: Its format; found from the rows when absent.
         work_dir: A directory of this attempt, emptied by the caller; the artifact is made in it.
+        resume_dir: Holds the checkpoint that the attempt goes on from; absent, it starts anew.
+        memory_rung: How far down the memory ladder the attempt is.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         threads: Torch threads on the CPU; 0 is all cores.
     """
@@ -34,5 +36,7 @@ class TrainTask(BaseModel):
     data_path: Path
     data_format: DatasetFormat | None = None
     work_dir: Path
+    resume_dir: Path | None = None
+    memory_rung: int = Field(0, ge=0, le=LAST_RUNG)
     device: str = "auto"
     threads: int = 0

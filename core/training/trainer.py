@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.nn import functional
-from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import EarlyStoppingCallback, PrinterCallback
+from trl import SFTConfig
 
 from core.data.rendering import IGNORED_LABEL, TrainingRow
 from core.data.split import count_steps
 from core.errors import TrainingFailed
 from core.specs import JobSpec, TrainingSpec
+from core.training.checkpoints import ResumableTrainer
+from core.training.memory_ladder import BatchPlan
+from core.training.monitor import Monitor
 
 # Recomputing activations costs a third of the speed; small models and CPUs have memory enough.
 _CHECKPOINTING_FROM_PARAMETERS = 1_000_000_000
@@ -53,8 +56,8 @@ class PaddedBatch:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer with our loss; see the module's docstring."""
+class AdapterTrainer(ResumableTrainer):
+    """SFTTrainer with our checkpoints and our loss; see the module's docstring."""
 
     # The loss divides by the tokens of the accumulated batch already.
     loss_is_scaled_for_ga = True
@@ -65,9 +68,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         # Has Trainer count the trained tokens of each accumulated batch for us.
         self.model_accepts_loss_kwargs = True
         forward = inspect.signature(type(self.model.get_base_model()).forward)
-        self.control: Any
         self._selects_positions = "logits_to_keep" in forward.parameters
-        self.seen_tokens = 0
 
     def compute_loss(
         self,
@@ -91,7 +92,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 code="loss_not_finite",
                 hint="Lower training.learning_rate, or lengthen training.warmup_ratio.",
             )
-        self.seen_tokens += int(inputs["attention_mask"].sum())
+        self.run.seen_tokens += int(inputs["attention_mask"].sum())
         return loss
 
     def evaluate(
@@ -163,10 +164,13 @@ def build_trainer(
     training: Sequence[TrainingRow],
     validation: Sequence[TrainingRow],
     *,
+    plan: BatchPlan,
     work_dir: Path,
     device: torch.device,
     dtype: torch.dtype,
+    monitor: Monitor,
     callbacks: list[Any],
+    started: float,
 ) -> AdapterTrainer:
     """Return a trainer for a model with an adapter attached.
 
@@ -175,16 +179,25 @@ def build_trainer(
         tokenizer: Its tokenizer.
         spec: The job.
         training: Rows to learn from.
-        validation: Rows to measure on after each epoch; may be empty.
+        validation: Rows to measure on; may be empty.
+        plan: How the rows of a step are divided.
         work_dir: Where the trainer may write.
         device: Where the model is.
         dtype: Precision of the base weights.
+        monitor: Hears of checkpoints.
         callbacks: Callbacks of transformers' Trainer.
+        started: Time of the monotonic clock from which the work on the job counts.
     """
+    patience = spec.training.early_stopping_patience
+    if patience is not None and validation:
+        callbacks = [*callbacks, EarlyStoppingCallback(patience)]
     return AdapterTrainer(
+        monitor=monitor,
+        started=started,
         model=model,
         args=_arguments(
             spec,
+            plan,
             work_dir,
             device,
             dtype,
@@ -206,6 +219,7 @@ def _as_items(rows: Sequence[TrainingRow]) -> Dataset:
 
 def _arguments(
     spec: JobSpec,
+    plan: BatchPlan,
     work_dir: Path,
     device: torch.device,
     dtype: torch.dtype,
@@ -220,9 +234,9 @@ def _arguments(
         output_dir=str(work_dir / "trainer"),
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        per_device_train_batch_size=plan.batch_size,
+        per_device_eval_batch_size=plan.batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
         # Rounded down, unlike Trainer's ratio: the first warm-up step has a rate of zero, so a job
@@ -236,14 +250,20 @@ def _arguments(
         logging_steps=training.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        eval_strategy="epoch" if validate else "no",
+        eval_strategy=_evaluation_strategy(training) if validate else "no",
+        eval_steps=training.eval_steps,
+        metric_for_best_model="eval_loss",
+        # Ours to decide, see `SavingCallback`.
         save_strategy="no",
+        # The patience that early stopping has left.
+        restore_callback_states_from_checkpoint=True,
         report_to="none",
         disable_tqdm=True,
         use_cpu=on_cpu,
         bf16=dtype == torch.bfloat16 and device.type == "cuda",
         fp16=False,
-        activation_checkpointing=not on_cpu and parameters >= _CHECKPOINTING_FROM_PARAMETERS,
+        activation_checkpointing=plan.activation_checkpointing
+        or (not on_cpu and parameters >= _CHECKPOINTING_FROM_PARAMETERS),
         dataloader_pin_memory=device.type == "cuda",
         dataset_kwargs={"skip_prepare_dataset": True},
         # Rows are checked against the limit before; nothing may cut or drop them here.
@@ -251,3 +271,7 @@ def _arguments(
         packing=False,
         remove_unused_columns=False,
     )
+
+
+def _evaluation_strategy(training: TrainingSpec) -> str:
+    return "epoch" if training.eval_steps is None else "steps"

@@ -25,8 +25,12 @@ def upgrade() -> None:
         table.add_column(
             sa.Column("last_claim_epoch", sa.Double(), nullable=False, server_default="0")
         )
+        table.add_column(
+            sa.Column("last_validation_epoch", sa.Double(), nullable=False, server_default="0")
+        )
     with op.batch_alter_table("projects") as table:
         table.alter_column("last_claim_epoch", server_default=None)
+        table.alter_column("last_validation_epoch", server_default=None)
 
     _upgrade_jobs()
     with op.batch_alter_table("workers") as table:
@@ -36,8 +40,12 @@ def upgrade() -> None:
             sa.Column("memory_bytes", sa.BigInteger(), nullable=False, server_default="0")
         )
         table.add_column(sa.Column("warm_base", sa.String(length=128), nullable=True))
+        table.add_column(
+            sa.Column("absent_base_models", sa.JSON(), nullable=False, server_default="[]")
+        )
     with op.batch_alter_table("workers") as table:
         table.alter_column("memory_bytes", server_default=None)
+        table.alter_column("absent_base_models", server_default=None)
 
     op.create_table(
         "job_checkpoints",
@@ -86,6 +94,11 @@ def _upgrade_jobs() -> None:
         table.add_column(
             sa.Column("required_memory_bytes", sa.BigInteger(), nullable=False, server_default="0")
         )
+        table.add_column(
+            sa.Column(
+                "required_cuda_memory_bytes", sa.BigInteger(), nullable=False, server_default="0"
+            )
+        )
         table.add_column(sa.Column("memory_rung", sa.Integer(), nullable=False, server_default="0"))
         table.add_column(sa.Column("attempt_started_epoch", sa.Double(), nullable=True))
         table.add_column(sa.Column("used_seconds", sa.Double(), nullable=False, server_default="0"))
@@ -101,6 +114,7 @@ def _upgrade_jobs() -> None:
             "validated",
             "required_device",
             "required_memory_bytes",
+            "required_cuda_memory_bytes",
             "memory_rung",
             "used_seconds",
         ):
@@ -114,6 +128,24 @@ def _upgrade_jobs() -> None:
     op.create_index(
         "ix_jobs_project_id_adapter_name_id", "jobs", ["project_id", "adapter_name", "id"]
     )
+    op.create_index("ix_jobs_project_id_base_model_id", "jobs", ["project_id", "base_model", "id"])
+    op.drop_index("ix_jobs_status_lease_expires_epoch", table_name="jobs")
+    op.create_index(
+        "ix_jobs_worker_id",
+        "jobs",
+        ["worker_id"],
+        postgresql_where=sa.text("worker_id IS NOT NULL"),
+        sqlite_where=sa.text("worker_id IS NOT NULL"),
+    )
+    op.create_index(
+        "ix_jobs_finished_at",
+        "jobs",
+        ["finished_at"],
+        postgresql_where=sa.text("finished_at IS NOT NULL"),
+        sqlite_where=sa.text("finished_at IS NOT NULL"),
+    )
+    for name in ("job_id", "created_at"):
+        op.create_index(f"ix_idempotency_keys_{name}", "idempotency_keys", [name])
 
 
 def _create_webhooks() -> None:
@@ -123,6 +155,8 @@ def _create_webhooks() -> None:
         sa.Column("project_id", sa.String(length=40), nullable=False),
         sa.Column("url", sa.String(length=2048), nullable=False),
         sa.Column("secret", sa.String(length=128), nullable=False),
+        sa.Column("previous_secret", sa.String(length=128), nullable=True),
+        sa.Column("previous_secret_until_epoch", sa.Double(), nullable=True),
         sa.Column("events", sa.JSON(), nullable=False),
         sa.Column("enabled", sa.Boolean(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
@@ -171,11 +205,18 @@ def downgrade() -> None:
     op.drop_table("usage_totals")
     op.drop_table("job_checkpoints")
     with op.batch_alter_table("workers") as table:
+        table.drop_column("absent_base_models")
         table.drop_column("warm_base")
         table.drop_column("memory_bytes")
         table.drop_column("device")
         table.add_column(sa.Column("note", sa.Text(), nullable=True))
 
+    for name in ("job_id", "created_at"):
+        op.drop_index(f"ix_idempotency_keys_{name}", table_name="idempotency_keys")
+    op.drop_index("ix_jobs_finished_at", table_name="jobs")
+    op.drop_index("ix_jobs_worker_id", table_name="jobs")
+    op.create_index("ix_jobs_status_lease_expires_epoch", "jobs", ["status", "lease_expires_epoch"])
+    op.drop_index("ix_jobs_project_id_base_model_id", table_name="jobs")
     op.drop_index("ix_jobs_project_id_adapter_name_id", table_name="jobs")
     op.drop_index("ix_jobs_project_id_status_queue_rank_id", table_name="jobs")
     op.drop_index("ix_jobs_status_queue_rank_id", table_name="jobs")
@@ -193,6 +234,7 @@ def downgrade() -> None:
             "used_seconds",
             "attempt_started_epoch",
             "memory_rung",
+            "required_cuda_memory_bytes",
             "required_memory_bytes",
             "required_device",
             "validated",
@@ -203,6 +245,7 @@ def downgrade() -> None:
     op.create_index("ix_jobs_status_priority_id", "jobs", ["status", "priority", "id"])
     with op.batch_alter_table("projects") as table:
         for name in (
+            "last_validation_epoch",
             "last_claim_epoch",
             "max_stored_bytes",
             "max_stored_rows",

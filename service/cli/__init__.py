@@ -20,10 +20,14 @@ from service.cli import (
     datasets,
     doctor,
     generate,
+    healthy,
+    housekeeping,
     jobs,
     keys,
     models,
     processes,
+    projects,
+    webhooks,
 )
 from service.cli.output import print_error
 
@@ -38,13 +42,17 @@ app = typer.Typer(
 )
 processes.register(app)
 doctor.register(app)
+app.add_typer(healthy.app, name="healthy")
 app.add_typer(database.app, name="db")
 app.add_typer(keys.app, name="keys")
+app.add_typer(projects.app, name="projects")
 app.add_typer(models.app, name="models")
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(webhooks.app, name="webhooks")
 generate.register(app)
+housekeeping.register(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -118,6 +118,8 @@ def check_succeeded(job: dict[str, Any]) -> None:
 def describe_stage(job: dict[str, Any]) -> str:
     """Return what a job does at present, such as `running: train`."""
     progress = job["progress"]
+    if job["status"] == "queued" and progress.get("waiting_reason"):
+        return f"queued: {progress['waiting_reason']}"
     if job["status"] == "queued" and progress.get("queue_position"):
         return f"queued behind {progress['queue_position']}"
     stage = progress.get("stage")

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from core.errors import InvalidInput
+from service.cli import job_control, job_history
 from service.cli.client import DEFAULT_URL, Key, Limit, ServiceClient, Url, connect
 from service.cli.files import read_json
 from service.cli.follow import check_succeeded, describe_stage, follow_job
+from service.cli.job_control import Id
 from service.cli.output import (
     Json,
     print_json,
@@ -21,8 +23,7 @@ from service.cli.output import (
     show_time,
 )
 
-app = typer.Typer(help="Submit fine-tuning jobs and watch them.", no_args_is_help=True)
-Id = Annotated[str, typer.Argument(metavar="ID", help="As `jobs list` shows it.")]
+app = typer.Typer(help="Submit fine-tuning jobs, watch and move them.", no_args_is_help=True)
 Wait = Annotated[
     bool, typer.Option("--wait", "-w", help="Wait until the job ends; exit 1 unless it succeeds.")
 ]
@@ -133,93 +134,6 @@ def show(
     print_json(job) if as_json else _print_job(job)
 
 
-@app.command("events")
-def events(
-    job_id: Id,
-    after: Annotated[int, typer.Option(min=0, help="Only events behind this number.")] = 0,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
-    ] = False,
-    url: Url = DEFAULT_URL,
-    key: Key = "",
-    as_json: Json = False,
-) -> None:
-    """Show what happened to a job, oldest first; --json prints one event a line."""
-    with connect(url, key) as service:
-        if follow:
-            headers = {"Last-Event-ID": str(after)}
-            with service.events("GET", f"/jobs/{job_id}/events", headers=headers) as stream:
-                for event in stream:
-                    if event.id:
-                        _print_event(
-                            {**json.loads(event.data), "id": int(event.id)}, as_json=as_json
-                        )
-            return
-        while True:
-            page = service.call("GET", f"/jobs/{job_id}/events", params={"after": after})
-            for entry in page["data"]:
-                _print_event(entry, as_json=as_json)
-                after = entry["id"]
-            if page["next_cursor"] is None or not page["data"]:
-                return
-
-
-@app.command("metrics")
-def metrics(job_id: Id, url: Url = DEFAULT_URL, key: Key = "", as_json: Json = False) -> None:
-    """Show the measurements of a job's training, oldest first."""
-    with connect(url, key) as service:
-        rows = service.list(f"/jobs/{job_id}/metrics", limit=1_000_000_000)
-    if as_json:
-        print_json(rows)
-        return
-    columns = ("attempt", "step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
-    print_table(
-        (*columns, "tokens/s"),
-        [
-            (*(_number(row[name]) for name in columns), _number(row["tokens_per_second"], "{:.0f}"))
-            for row in rows
-        ],
-        empty="No measurements yet.",
-    )
-
-
-@app.command("report")
-def report(job_id: Id, url: Url = DEFAULT_URL, key: Key = "", as_json: Json = False) -> None:
-    """Show the answers before and after training."""
-    with connect(url, key) as service:
-        found = service.call("GET", f"/jobs/{job_id}/report")
-    if as_json:
-        print_json(found)
-        return
-    for sample in found.get("samples") or []:
-        for name, value in sample.items():
-            typer.echo(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
-        typer.echo()
-    print_members({name: value for name, value in found.items() if name != "samples"})
-
-
-@app.command("cancel")
-def cancel(job_id: Id, url: Url = DEFAULT_URL, key: Key = "", as_json: Json = False) -> None:
-    """Ask a job to stop; a running one does so after its present step."""
-    with connect(url, key) as service:
-        job = service.call("POST", f"/jobs/{job_id}/cancel")
-    if as_json:
-        print_json(job)
-    else:
-        typer.echo(f"{job['id']}  {'stopping' if job['status'] == 'running' else job['status']}")
-
-
-@app.command("rm")
-def remove(job_id: Id, url: Url = DEFAULT_URL, key: Key = "", as_json: Json = False) -> None:
-    """Remove a job that has ended; its adapter stays."""
-    with connect(url, key) as service:
-        service.call("DELETE", f"/jobs/{job_id}")
-    if as_json:
-        print_json({"id": job_id, "removed": True})
-    else:
-        typer.echo(f"removed {job_id}")
-
-
 def read_spec(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file, or from stdin when the path is `-`.
 
@@ -277,7 +191,10 @@ def _print_job(job: dict[str, Any]) -> None:
             "id": job["id"],
             "status": describe_stage(job),
             "steps": _steps(job) or None,
+            "starts in": show_seconds(job["progress"]["starts_in_seconds"]) or None,
             "left": show_seconds(job["progress"]["eta_seconds"]) or None,
+            "waits because": job["progress"]["waiting_reason"],
+            "priority": job["priority"] or None,
             "adapter": f"{version['name']}@{version['version']}" if version else job["adapter"],
             "digest": version and version["digest"],
             "base model": job["base_model"],
@@ -295,20 +212,10 @@ def _print_job(job: dict[str, Any]) -> None:
     )
 
 
-def _print_event(event: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(event, ensure_ascii=False))
-        return
-    data = json.dumps(event["data"], ensure_ascii=False) if event["data"] else ""
-    typer.echo(f"{event['id']:>4}  {show_time(event['created_at'])}  {event['type']}  {data}")
-
-
 def _steps(job: dict[str, Any]) -> str:
     progress = job["progress"]
     return f"{progress['step']}/{progress['total_steps']}" if progress["total_steps"] else ""
 
 
-def _number(value: float | None, form: str = "{:.4g}") -> str:
-    if value is None:
-        return ""
-    return str(value) if isinstance(value, int) else form.format(value)
+job_history.register(app)
+job_control.register(app)

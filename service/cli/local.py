@@ -18,7 +18,7 @@ def open_database(settings: Settings) -> Iterator[Database]:
     """Open the database; one in the data directory is created or brought up to date first.
 
     Raises:
-        Conflict: Code `schema_outdated`; a database server is not at our revision.
+        Conflict: Code `schema_outdated`; a database server is at an older revision than ours.
         Unavailable: Code `database_unavailable`.
     """
     import migrations
@@ -28,9 +28,9 @@ def open_database(settings: Settings) -> Iterator[Database]:
     with reachable():
         if not settings.database_url:
             migrations.upgrade(url)
-        elif migrations.current(url) != migrations.head():
+        elif migrations.standing(migrations.current(url)) == "behind":
             raise Conflict(
-                "the database's schema is not that of this version",
+                "the database's schema is older than this version",
                 code="schema_outdated",
                 hint="Run `tunesmith db upgrade`.",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -99,6 +100,21 @@ def show(name: Name, data_dir: DataDir = None, as_json: Json = False) -> None:
                 "created_at": show_time(model["created_at"]),
             }
         )
+
+
+@app.command("move")
+def move(
+    name: Name,
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where they are now.")],
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Say where the files of a base model are now, as after a restore on another machine."""
+    from core import base_models
+
+    with open_database(load_settings(data_dir)) as database:
+        model = base_models.move(database, name, directory).model_dump(mode="json")
+    print_json(model) if as_json else typer.echo(_describe(model))
 
 
 @app.command("rm")

@@ -54,16 +54,30 @@ def api(
 ) -> None:
     """Run the HTTP API alone."""
     from service import server
-    from service.serving import check_exposure
+    from service.serving import check_exposure, is_loopback
 
     settings = load_settings(data_dir)
+    if settings.auth == "keys" and not is_loopback(host):
+        # Whether there is a key can only be told once the database is there.
+        from migrations.waiting import wait_for_schema
+
+        wait_for_schema(settings.resolved_database_url)
     check_exposure(settings, host)
-    server.run(settings, host=host, port=port, workers=workers)
+    raise typer.Exit(server.run(settings, host=host, port=port, workers=workers))
 
 
-def engine(data_dir: DataDir = None) -> None:
+def engine(
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="unix:/PATH, or http://HOST:PORT with a shared secret; the local socket.",
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
     """Run the inference engine alone."""
-    _become(load_settings(data_dir), "engine")
+    _become(load_settings(data_dir), "engine", *(["--listen", listen] if listen else []))
 
 
 def worker(

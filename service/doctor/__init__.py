@@ -1,7 +1,7 @@
 """Looks for what keeps the service from working on this machine, part by part.
 
 Every check says what it found and, where that is not well, what to do. Changes nothing but a
-temporary file; the model libraries are asked in a process of their own.
+temporary file or object; the model libraries are asked in a process of their own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def examine(settings: Settings, *, port: int, deep: bool) -> Iterator[Finding]:
     yield machine.check_data_directory(settings.root)
     yield machine.check_disk(settings.root)
     yield parts.check_broker(settings)
+    yield parts.check_artifact_store(settings)
     yield from parts.check_database(settings, deep=deep)
     for address in settings.engine_addresses:
         yield parts.check_engine(address)

@@ -1,4 +1,4 @@
-"""Checks of the service's parts: database, base models, broker, engine."""
+"""Checks of the service's parts: database, base models, broker, artifact store, engine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from core import base_models
 from core.artifacts import tree_digest
 from core.config import Settings
 from core.db.session import Database
-from core.errors import NotFound
+from core.errors import NotFound, TunesmithError
 from core.queue import create_celery
+from core.storage import open_store
 from service.doctor.finding import Finding
 from service.sample_model import SAMPLE_MODEL, sample_gguf_path
 
@@ -45,6 +46,19 @@ def check_broker(settings: Settings) -> Finding:
     return Finding("broker", "ok", where)
 
 
+def check_artifact_store(settings: Settings) -> Finding:
+    """Check that artifacts can be stored where the settings say."""
+    if not settings.artifact_url:
+        return Finding("artifact store", "ok", "the data directory")
+    try:
+        open_store(settings).check_writable()
+    except TunesmithError as error:
+        return Finding(
+            "artifact store", "fail", f"{settings.artifact_url}: {error.message}", error.hint
+        )
+    return Finding("artifact store", "ok", settings.artifact_url)
+
+
 def check_database(settings: Settings, *, deep: bool) -> Iterator[Finding]:
     """Check the database, its schema and the base models in it."""
     url = settings.resolved_database_url
@@ -59,7 +73,7 @@ def check_database(settings: Settings, *, deep: bool) -> Iterator[Finding]:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         yield Finding("database", "fail", f"{where}: {reason}", "Check DATABASE_URL.")
         return
-    if present != newest:
+    if migrations.standing(present) == "behind":
         yield Finding(
             "database",
             "fail",

@@ -1,4 +1,4 @@
-"""Jobs: submit, watch, cancel, remove."""
+"""Jobs: submit and watch; what moves them is in `job_control`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Re
 
 from core import jobs
 from core.job_status import JobStatus
-from core.reads import EventRead, JobRead, MetricRead, Page
+from core.reads import CheckpointRead, EventRead, JobRead, MetricRead, Page
 from core.specs import JobSpec
 from service import job_feeds
 from service.auth import Reader, Trainer
-from service.deps import CheckedBody, Cursor, Limit, ReadSession, ServicesDep, WriteSession
+from service.deps import CheckedBody, Cursor, Limit, ReadSession, ServicesDep
 from service.openapi import problems
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -38,14 +38,13 @@ _SPEC_EXAMPLES: dict[str, Any] = {
     status_code=status.HTTP_202_ACCEPTED,
     summary="Start a fine-tuning job",
     dependencies=[CheckedBody],
-    responses=problems(400, 401, 403, 409, 413, 422),
+    responses=problems(400, 401, 403, 409, 413, 422, 429),
 )
 def submit_job(
     spec: Annotated[JobSpec, Body(openapi_examples=_SPEC_EXAMPLES)],
     response: Response,
     background: BackgroundTasks,
     services: ServicesDep,
-    session: WriteSession,
     principal: Trainer,
     idempotency_key: Annotated[
         str | None,
@@ -55,10 +54,11 @@ def submit_job(
     """Accept a job; it is validated first, then queued, then trained.
 
     With an `Idempotency-Key` a repeated request starts nothing new: the same body answers with the
-    first job, another body is refused with `idempotency_key_reused`.
+    first job, another body is refused with `idempotency_key_reused`. When the project has as many
+    jobs waiting as it may, the answer is 429 `quota_exceeded`; `limit` names the quota.
     """
-    job, created = jobs.submit(
-        session,
+    job, created = jobs.accept(
+        services.database,
         principal,
         spec,
         settings=services.settings,
@@ -95,9 +95,13 @@ def list_jobs(
 
 
 @router.get("/{job_id}", summary="Read a job", responses=problems(401, 403, 404))
-def get_job(job_id: str, session: ReadSession, principal: Reader) -> JobRead:
-    """Return a job's status, progress and error."""
-    return jobs.get(session, principal, job_id)
+def get_job(job_id: str, session: ReadSession, principal: Reader, services: ServicesDep) -> JobRead:
+    """Return a job's status, progress and error.
+
+    While it waits, `progress` has its place in the queue, an estimate of when it starts and ends,
+    and `waiting_reason` when no worker can take it as things are.
+    """
+    return jobs.get(session, principal, job_id, settings=services.settings)
 
 
 @router.get(
@@ -177,23 +181,12 @@ def job_report(job_id: str, session: ReadSession, principal: Reader) -> dict[str
     return jobs.report(session, principal, job_id)
 
 
-@router.post(
-    "/{job_id}/cancel",
-    status_code=status.HTTP_202_ACCEPTED,
-    summary="Cancel a job",
-    responses=problems(401, 403, 404, 409),
+@router.get(
+    "/{job_id}/checkpoints", summary="List a job's checkpoints", responses=problems(401, 403, 404)
 )
-def cancel_job(job_id: str, session: WriteSession, principal: Trainer) -> JobRead:
-    """End a waiting job at once; ask a running one to stop at its next step."""
-    return jobs.cancel(session, principal, job_id)
+def job_checkpoints(job_id: str, session: ReadSession, principal: Reader) -> Page[CheckpointRead]:
+    """Return the checkpoints that are kept, newest first; the next attempt takes the first usable.
 
-
-@router.delete(
-    "/{job_id}",
-    status_code=status.HTTP_204_NO_CONTENT,
-    summary="Delete a finished job",
-    responses=problems(401, 403, 404, 409),
-)
-def delete_job(job_id: str, session: WriteSession, principal: Trainer) -> None:
-    """Remove an ended job with its events and metrics; what it published stays."""
-    jobs.delete(session, principal, job_id)
+    One that is not usable was found damaged; `reason` says how.
+    """
+    return jobs.checkpoints(session, principal, job_id)

@@ -6,7 +6,8 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.concurrency import run_in_threadpool
 
-from core.reads import Page, WorkerRead
+from core import quotas
+from core.reads import Page, UsageRead, WorkerRead
 from service import metrics, overview, readiness
 from service.auth import Reader
 from service.deps import ReadSession, ServicesDep
@@ -28,6 +29,16 @@ async def engine_state(services: ServicesDep, principal: Reader) -> EngineRead:
 def list_workers(session: ReadSession, principal: Reader) -> Page[WorkerRead]:
     """Return the worker processes and which of the caller's jobs they work on."""
     return Page(data=overview.workers(session, principal))
+
+
+@router.get("/usage", summary="Read the project's usage", responses=problems(401, 403))
+def read_usage(session: ReadSession, principal: Reader, services: ServicesDep) -> UsageRead:
+    """Return what the project's jobs have used so far, and its quotas with what counts for them.
+
+    Totals hold for all time, also for jobs that were deleted since. A job that runs is counted
+    when it ends. Stored bytes are those of data sets and adapters.
+    """
+    return quotas.usage(session, principal, services.settings)
 
 
 @router.get(

@@ -66,28 +66,43 @@ def assert_one_version_that_answers(service: RunningService, job: dict[str, Any]
     wait_until(answers, 60, "the adapter does not answer")
 
 
-@pytest.mark.parametrize("role", ["trainer", "train", "engine", "api", "light"])
-def test_a_killed_part_is_replaced_and_the_job_still_makes_one_version(
-    service: RunningService, role: str
+def kill(service: RunningService, role: str) -> None:
+    before = service.processes()[role]
+    before.kill()
+
+    def replaced() -> bool:
+        after = service.processes().get(role)
+        return after is not None and after.pid != before.pid
+
+    wait_until(replaced, 60, lambda: f"{role} was not replaced\n{service.log.read_text()[-3000:]}")
+
+
+def test_killed_parts_that_do_not_train_are_replaced_beside_a_running_job(
+    service: RunningService,
 ) -> None:
     job_id = start_job(service)
-    before = service.processes()
-    victim = before[role]
-    victim.kill()
+    for role in ("engine", "api", "light"):
+        kill(service, role)
     job = service.finish(job_id, 120)
     assert_one_version_that_answers(service, job)
+    assert job["attempt"] == 2  # one to validate, one to train
 
-    restarted = {"train": ["train", "trainer"]}.get(role, [role])
-    wait_until(
-        lambda: all(
-            name in service.processes() and service.processes()[name].pid != before[name].pid
-            for name in restarted
-        ),
-        60,
-        "the killed part was not replaced",
-    )
-    lost_attempt = role in {"trainer", "train"}
-    assert (job["attempt"] > 2) == lost_attempt  # one attempt to validate, one to train
+
+def test_a_killed_trainer_and_a_killed_worker_each_cost_the_job_one_attempt(
+    service: RunningService,
+) -> None:
+    job_id = start_job(service)
+    for role in ("trainer", "train"):
+        attempt = service.job(job_id)["attempt"]
+        kill(service, role)
+
+        def goes_on(job: dict[str, Any], lost: int = attempt) -> bool:
+            return bool(job["attempt"] > lost and job["progress"]["step"] > 5)
+
+        service.wait_for(job_id, goes_on, 90)
+    job = service.finish(job_id, 120)
+    assert_one_version_that_answers(service, job)
+    assert job["attempt"] == 4
 
 
 def test_a_killed_supervisor_takes_everything_along_and_the_job_goes_on_after_a_restart(

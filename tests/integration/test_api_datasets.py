@@ -76,7 +76,7 @@ def test_a_bad_row_refuses_the_file_with_every_line_and_keeps_nothing(api: Api) 
 
 def test_a_refusal_does_not_remove_the_same_bytes_of_an_accepted_upload(api: Api) -> None:
     dataset = api.upload()
-    answer = api.client.post("/datasets", files={"file": ("rows.csv", jsonl(ROWS))})
+    answer = api.client.post("/datasets", files={"file": ("rows.xlsx", jsonl(ROWS))})
     assert answer.status_code == 422
     assert api.blobs() == {dataset["sha256"]}
 

@@ -129,7 +129,10 @@ def test_metrics_count_requests_jobs_tokens_and_the_engine(api: Api) -> None:
     assert grown("tunesmith_prompt_tokens_total") == 2
     assert grown("tunesmith_generated_tokens_total") == 3
     assert after["tunesmith_jobs", ("validating",)] == 1
-    assert after["tunesmith_jobs", ("cancelled",)] == 1
+    assert after["tunesmith_jobs_ended_total", ("cancelled",)] == 1
+    assert 0 <= after["tunesmith_oldest_job_age_seconds", ("validating",)] < 60
+    assert after["tunesmith_workers", ("train",)] == 0
+    assert after["tunesmith_webhook_deliveries", ("dead",)] == 0
     assert after["tunesmith_engine_up", ()] == 1
     assert after["tunesmith_engine_resident_adapters", ()] == 1
     assert after["tunesmith_engine_adapter_loads_total", ()] == 1

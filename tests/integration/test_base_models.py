@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,13 +50,28 @@ def test_a_gguf_file_is_converted_into_the_data_directory(
     home = settings.root / "models" / "tiny"
     home.mkdir(parents=True)
     (home / "left.json").write_text("{}")  # of an addition that was killed before it was stored
+    aside = settings.root / "models" / ".tmp"
+    (aside / "model-old").mkdir(parents=True)  # of one that was killed while it converted
+    os.utime(aside / "model-old", (0, 0))
     added = base_models.add(sqlite_database, settings, "tiny", source)
     assert added.source == "gguf"
     assert added.digest == tree_digest(home)
     assert base_models.add(sqlite_database, settings, "tiny", source) == added
-    assert list((settings.root / "tmp").iterdir()) == []
+    assert list((settings.root / "models" / ".tmp").iterdir()) == []
     base_models.remove(sqlite_database, settings, "tiny")
     assert not home.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
+def test_models_may_lie_on_a_volume_of_their_own(
+    sqlite_database: Database, settings: Settings, tiny_model: Path, tmp_path: Path
+) -> None:
+    source = f"gguf:{write_tiny_gguf(tiny_model, tmp_path / 'tiny.gguf')}"
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as volume:
+        assert Path(volume).stat().st_dev != tmp_path.stat().st_dev
+        (settings.root / "models").symlink_to(volume)
+        base_models.add(sqlite_database, settings, "tiny", source)
+        assert (Path(volume) / "tiny" / "config.json").is_file()
 
 
 def test_a_name_does_not_change_its_meaning(
@@ -119,7 +136,7 @@ def test_a_refusal_of_the_converter_arrives_and_leaves_no_files(
     with pytest.raises(InvalidInput) as caught:
         base_models.add(sqlite_database, settings, "tiny", f"gguf:{tmp_path / 'model.gguf'}")
     assert caught.value.code == "gguf_unreadable"
-    assert list((settings.root / "tmp").iterdir()) == []
+    assert list((settings.root / "models" / ".tmp").iterdir()) == []
     assert not (settings.root / "models" / "tiny").exists()
 
 
@@ -132,7 +149,7 @@ def test_the_hub_is_reported_unreachable_without_a_network(
     with pytest.raises(Unavailable) as caught:
         base_models.add(sqlite_database, settings, "tiny", "hf:owner/model@main")
     assert caught.value.code == "hub_unreachable"
-    assert list((settings.root / "tmp").iterdir()) == []
+    assert list((settings.root / "models" / ".tmp").iterdir()) == []
 
 
 def test_a_base_model_in_use_stays(

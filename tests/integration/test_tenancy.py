@@ -45,6 +45,11 @@ def test_a_second_project_sees_nothing_of_the_first(
     actions: dict[str, Callable[[Session, Principal], object]] = {
         "get job": lambda s, p: jobs.get(s, p, job.id),
         "cancel job": lambda s, p: jobs.cancel(s, p, job.id),
+        "pause job": lambda s, p: jobs.pause(s, p, job.id),
+        "resume job": lambda s, p: jobs.resume(s, p, job.id),
+        "retry job": lambda s, p: jobs.retry(s, p, job.id, settings=settings),
+        "set priority": lambda s, p: jobs.set_priority(s, p, job.id, 1),
+        "checkpoints": lambda s, p: jobs.checkpoints(s, p, job.id),
         "delete job": lambda s, p: jobs.delete(s, p, job.id),
         "events": lambda s, p: jobs.events(s, p, job.id),
         "metrics": lambda s, p: jobs.metrics(s, p, job.id),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core import artifacts
-from core.inference.engine import AdapterRef, BaseModelRef
+from core.inference.engine import BaseModelRef
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -19,11 +19,6 @@ def base_ref(model_dir: Path, name: str = "tiny") -> BaseModelRef:
     """Return the reference of a base model's directory."""
     digest = artifacts.tree_digest(model_dir)
     return BaseModelRef(name=name, digest=digest, path=str(model_dir))
-
-
-def adapter_ref(path: Path) -> AdapterRef:
-    """Return the reference of a complete artifact directory."""
-    return AdapterRef(digest=artifacts.read_manifest(path).digest, path=str(path))
 
 
 def make_adapter(
@@ -35,7 +30,7 @@ def make_adapter(
     seed: int = 0,
     scale: float = 0.3,
     template: str | None = None,
-) -> AdapterRef:
+) -> Path:
     """Save a random adapter of a model as a complete artifact.
 
     Args:
@@ -81,10 +76,10 @@ def make_adapter(
         golden_token_ids=golden_token_ids(load_tokenizer(model_dir)),
         linear_modules=shapes,
     )
-    return adapter_ref(path)
+    return path
 
 
-def reseal(path: Path, **changes: Any) -> AdapterRef:
+def reseal(path: Path, **changes: Any) -> Path:
     """Give a tampered artifact a manifest that matches its files again, without any check.
 
     Args:
@@ -99,4 +94,4 @@ def reseal(path: Path, **changes: Any) -> AdapterRef:
         **changes,
     }
     (path / artifacts.MANIFEST_FILE).write_text(json.dumps(manifest))
-    return adapter_ref(path)
+    return path

@@ -142,6 +142,7 @@ def build_api(root: Path, *, models: tuple[str, ...] = ("tiny",), **settings: An
     engine, queue = FakeEngine(), NullQueue()
     app = create_app(configured, engine=engine, queue=queue)
     api = Api(app, TestClient(app, base_url="http://localhost"), engine, queue, configured)
+    engine.locate_adapter = api.store.adapter_path
     for name in models:
         api.base_digests[name] = _add_base_model(api.database, root / "models" / name, name)
     return api

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from core.errors import Conflict, InvalidInput, TunesmithError, to_wire
 from core.inference.engine import (
@@ -37,6 +37,7 @@ class FakeEngine:
     Attributes:
         refusals: Digest → error that loading it raises.
         unavailable: If set, every call raises it.
+        locate_adapter: Asked for the files of an adapter that is loaded.
         gate: Every token waits for it; cleared, from any thread, it holds requests.
         cancelled: Ids of the requests that were closed before they were done.
     """
@@ -44,6 +45,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.refusals: dict[str, TunesmithError] = {}
         self.unavailable: TunesmithError | None = None
+        self.locate_adapter: Callable[[str], object] = lambda digest: None
         self.gate = threading.Event()
         self.gate.set()
         self.cancelled: list[str] = []
@@ -75,6 +77,7 @@ class FakeEngine:
         if adapter.digest in self.refusals:
             raise self.refusals[adapter.digest]
         if adapter.digest not in self._resident:
+            self.locate_adapter(adapter.digest)
             self._loads += 1
             self._resident[adapter.digest] = ResidentAdapter(
                 digest=adapter.digest,

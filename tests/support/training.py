@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,40 @@ ROWS = [
 
 
 class RecordingMonitor:
-    """Keeps all events; asks to stop as soon as `stop_when(event, fields)` is true."""
+    """Keeps all events; asks to stop as soon as `stop_when(event, fields)` is true.
 
-    def __init__(self, stop_when: Callable[[str, dict[str, Any]], bool] | None = None) -> None:
+    Args:
+        stop_when: Judges each event.
+        reason: Why it stops.
+        keep_dir: Gets a copy of each checkpoint below it, whose own directory is removed as a
+            worker does.
+    """
+
+    def __init__(
+        self,
+        stop_when: Callable[[str, dict[str, Any]], bool] | None = None,
+        *,
+        reason: str = "cancel",
+        keep_dir: Path | None = None,
+    ) -> None:
         self.events: list[dict[str, Any]] = []
+        self.checkpoints: dict[int, Path] = {}
         self._stop_when = stop_when
+        self._reason = reason
+        self._keep_dir = keep_dir
         self._stop = False
+
+    @property
+    def stop_reason(self) -> str | None:
+        return self._reason if self._stop else None
 
     def send(self, event: str, **fields: Any) -> None:
         self.events.append({"event": event, **fields})
+        if event == "checkpoint" and self._keep_dir is not None:
+            kept = self._keep_dir / new_id("checkpoint")
+            shutil.copytree(fields["path"], kept)
+            shutil.rmtree(fields["path"])
+            self.checkpoints[fields["step"]] = kept
         if self._stop_when is not None and self._stop_when(event, fields):
             self._stop = True
 
@@ -48,6 +74,18 @@ class RecordingMonitor:
         """Return the values of one measurement, in order."""
         values = (e.get(name) for e in self.events if e["event"] == "metric")
         return [value for value in values if value is not None]
+
+    def rows(self, after_step: int = 0) -> list[dict[str, Any]]:
+        """Return what was measured after a step, without the speed."""
+        return [
+            {name: value for name, value in e.items() if name != "tokens_per_second"}
+            for e in self.events
+            if e["event"] == "metric" and e["step"] > after_step
+        ]
+
+    def logged(self, type: str) -> list[dict[str, Any]]:  # noqa: A002
+        """Return the data of the events of one type."""
+        return [e["data"] for e in self.events if e.get("type") == type]
 
     def stages(self) -> list[str]:
         """Return the stages that were started."""

@@ -35,6 +35,7 @@ def test_help_loads_nothing_heavy() -> None:
 COMMANDS = [
     [],
     ["serve"], ["api"], ["engine"], ["worker"], ["doctor"], ["generate"],
+    ["healthy", "api"], ["healthy", "engine"], ["healthy", "worker"],
     ["db", "upgrade"], ["db", "downgrade"], ["db", "current"], ["db", "check"],
     ["keys", "create"], ["keys", "list"], ["keys", "revoke"],
     ["models", "add"], ["models", "list"], ["models", "show"], ["models", "rm"],

@@ -35,7 +35,7 @@ DONE = Done(
 
 
 def make_request(digest: str | None = None, number: int = 0) -> GenerateRequest:
-    adapter = AdapterRef(digest=digest, path="/nowhere") if digest else None
+    adapter = AdapterRef(digest=digest) if digest else None
     return GenerateRequest(
         request_id=f"gen-{number}", project_id="p", base_model=BASE, adapter=adapter, prompt="Hi"
     )

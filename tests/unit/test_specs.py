@@ -84,3 +84,13 @@ def test_target_modules_are_literal_names(targets: object) -> None:
 )
 def test_exactly_one_source_of_rows(source: dict[str, object]) -> None:
     assert errors_of({"base_model": "m", **source})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("load_best_model_at_end", True), ("early_stopping_patience", 2), ("eval_steps", 10)],
+)
+def test_what_looks_at_evaluations_needs_validation_rows(name: str, value: object) -> None:
+    spec = {**LEAST, "training": {name: value}}
+    assert errors_of(spec) == {f"training.{name}"}
+    assert JobSpec.model_validate({**spec, "data": {"validation_fraction": 0.1}})

@@ -1,95 +1,108 @@
 from __future__ import annotations
 
-import hashlib
-import threading
+import errno
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from core.errors import InvalidInput, NotFound, TooLarge
-from core.storage import LocalStore
+from core.config import Settings
+from core.errors import InvalidInput, Unavailable
+from core.storage import LocalStore, open_store
+from core.storage.disk import disk_errors
+from core.storage.object_store import ObjectStore
 from tests.unit.test_artifacts import build, write_artifact
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "data")
+def open_url(tmp_path: Path, url: str) -> object:
+    return open_store(Settings(data_dir=tmp_path / "data", artifact_url=url))
 
 
-def leftovers(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "data" / "tmp").iterdir())
+def test_artifacts_are_in_the_data_directory_unless_a_url_says_otherwise(tmp_path: Path) -> None:
+    for url, root in [("", tmp_path / "data"), (f"file://{tmp_path}/a%20b", tmp_path / "a b")]:
+        store = open_url(tmp_path, url)
+        assert isinstance(store, LocalStore)
+        blob = store.write_blob([b"x"], max_bytes=1)
+        assert (root / "blobs" / blob.sha256).is_file()
+        # Uploads are unpacked there in any case.
+        assert (tmp_path / "data" / "tmp").is_dir()
+    for url in ("s3://bucket", "s3://bucket/", "s3://my.bucket/some/folder"):
+        assert isinstance(open_url(tmp_path, url), ObjectStore)
 
 
-def test_a_blob_is_named_by_its_hash_and_read_back(store: LocalStore, tmp_path: Path) -> None:
-    blob = store.write_blob([b"one", b"two"], max_bytes=6)
-    assert (blob.sha256, blob.bytes) == (hashlib.sha256(b"onetwo").hexdigest(), 6)
-    with store.open_blob(blob.sha256) as stream:
-        assert stream.read() == b"onetwo"
-    assert not leftovers(tmp_path)
-
-
-def test_a_blob_over_the_limit_leaves_nothing(store: LocalStore, tmp_path: Path) -> None:
-    with pytest.raises(TooLarge):
-        store.write_blob([b"x" * 5, b"x" * 5], max_bytes=9)
-    assert not leftovers(tmp_path)
-    assert not list((tmp_path / "data" / "blobs").iterdir())
-
-
-def test_a_deleted_blob_is_gone_and_may_be_deleted_again(store: LocalStore) -> None:
-    blob = store.write_blob([b"x"], max_bytes=1)
-    store.delete_blob(blob.sha256)
-    store.delete_blob(blob.sha256)
-    with pytest.raises(NotFound):
-        store.open_blob(blob.sha256)
-
-
-def test_an_adapter_is_published_under_its_digest(store: LocalStore, tmp_path: Path) -> None:
-    source = write_artifact(tmp_path / "source")
-    manifest = build(source)
-    published = store.publish_adapter(source)
-    assert published.digest == manifest.digest
-    names = {path.name for path in store.adapter_path(manifest.digest).iterdir()}
-    assert names == {file.path for file in manifest.files} | {"manifest.json"}
-    assert not leftovers(tmp_path)
-
-
-def test_many_publishers_of_one_adapter_agree(store: LocalStore, tmp_path: Path) -> None:
-    source = write_artifact(tmp_path / "source")
-    manifest = build(source)
-    failures: list[BaseException] = []
-
-    def publish() -> None:
-        try:
-            assert store.publish_adapter(source).digest == manifest.digest
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=publish) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    assert store.has_adapter(manifest.digest)
-    assert not leftovers(tmp_path)
-
-
-def test_changed_files_are_not_published(store: LocalStore, tmp_path: Path) -> None:
-    source = write_artifact(tmp_path / "source")
-    manifest = build(source)
-    (source / "tokenizer.json").write_text('{"changed": true}')
+@pytest.mark.parametrize(
+    "url",
+    [
+        "gs://bucket/x", "S4://bucket", "/a/path", "a/path", "file://host/path", "file:relative",
+        "s3:///prefix", "s3://", "s3://UPPER", "s3://user@bucket/x", "s3://bucket/x?versionId=1",
+        "http://127.0.0.1:9000/bucket",
+    ],
+)  # fmt: skip
+def test_other_urls_are_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        store.publish_adapter(source)
-    assert caught.value.code == "digest_mismatch"
-    assert not store.has_adapter(manifest.digest)
+        open_url(tmp_path, url)
+    assert caught.value.code == "unknown_artifact_url"
+    assert caught.value.hint
 
 
-def test_a_deleted_adapter_is_gone_whole(store: LocalStore, tmp_path: Path) -> None:
+def test_a_process_without_a_bucket_loads_no_client_of_one() -> None:
+    script = (
+        "import sys, service.app, worker.app\n"
+        "from core.storage import open_store\n"
+        "from core.config import Settings\n"
+        "print({'s3fs', 'fsspec', 'botocore', 'aiohttp'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.strip() == "set()", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.ENOSPC, "storage_full"),
+        (errno.EDQUOT, "storage_full"),
+        (errno.ESTALE, "artifact_store_unavailable"),
+        (errno.EROFS, "artifact_store_unavailable"),
+    ],
+)
+def test_a_disk_that_refuses_is_named(number: int, code: str) -> None:
+    with pytest.raises(Unavailable) as caught, disk_errors():
+        raise OSError(number, os.strerror(number))
+    assert caught.value.code == code
+    assert errno.errorcode[number] in caught.value.message
+    with pytest.raises(IsADirectoryError), disk_errors():
+        raise IsADirectoryError(errno.EISDIR, "passes")
+
+
+def test_age_counts_from_the_last_time_that_something_was_stored(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "data")
     source = write_artifact(tmp_path / "source")
-    digest = store.publish_adapter(source).digest if build(source) else ""
-    store.delete_adapter(digest)
-    store.delete_adapter(digest)
-    assert not store.has_adapter(digest)
-    assert not leftovers(tmp_path)
-    with pytest.raises(NotFound):
-        store.adapter_path(digest)
+    build(source)
+    sha256 = store.write_blob([b"x"], 1).sha256
+    digest = store.publish_adapter(source).digest
+    then = time.time() - 1000
+    for path in (store.blob_path(sha256), store.adapter_path(digest)):
+        for found in (path, *path.glob("*")):
+            os.utime(found, (then, then))
+    for listing in (store.list_blobs, store.list_adapters):
+        (found,) = listing()
+        assert 990 < found.age_seconds < 1100
+    store.write_blob([b"x"], 1)
+    store.publish_adapter(source)
+    for listing in (store.list_blobs, store.list_adapters):
+        (found,) = listing()
+        assert found.age_seconds < 100
+
+
+def test_a_leftover_is_as_old_as_the_newest_in_it(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "data")
+    left = tmp_path / "data" / "tmp" / "adapter-x"
+    left.mkdir()
+    (left / "weights").write_bytes(b"123")
+    os.utime(left, (0, 0))
+    (found,) = store.list_temporary()
+    assert (found.name, found.bytes) == ("adapter-x", 3)
+    assert found.age_seconds < 100

@@ -77,6 +77,12 @@ class BaseModelRepository:
         version = exists().where(AdapterVersion.base_digest == model.digest)
         return bool(self._session.scalar(select(or_(job, version))))
 
+    def list_paths(self) -> dict[str, str]:
+        """Return name → path of all base models, without what is known of them."""
+        return {
+            row[0]: row[1] for row in self._session.execute(select(BaseModel.name, BaseModel.path))
+        }
+
     def list(self) -> Sequence[BaseModel]:
         """Return all base models by name."""
         return self._session.scalars(select(BaseModel).order_by(BaseModel.name)).all()

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Job, utc_now
+from core.capabilities import Capabilities
+from core.db.models import Job, Project, utc_now
+from core.db.repositories.dialect import can_lock_rows, take_turn
 from core.db.repositories.history import Event, advance
+from core.db.repositories.queue import (
+    CLAIMED_AT,
+    HELD_STATUS,
+    WAITING_STATUS,
+    Stage,
+    best_waiting,
+)
 from core.db.types import database_epoch
 from core.errors import LeaseLost
 
-Stage = Literal["validate", "train"]
-
-_HELD_STATUS = {"validate": "validating", "train": "running"}
 _STARTED_EVENT = {"validate": "validation_started", "train": "training_started"}
 
 
@@ -26,30 +32,33 @@ class ClaimRepository:
         self._session = session
         self._worker_id = worker_id
 
-    def claim(self, stage: Stage, lease_seconds: float) -> Job | None:
-        """Take the best waiting job: highest priority first, then the oldest.
+    def claim(
+        self, stage: Stage, lease_seconds: float, worker: Capabilities, running_quota: int
+    ) -> Job | None:
+        """Take the best waiting job that the worker can run; see `queue.best_waiting`.
 
-        One statement decides. On SQLite the session must be open for writing; on Postgres rows
-        that another worker is taking at this moment are skipped.
+        One statement decides. Claims of a stage come one after the other, on SQLite because the
+        session must be open for writing, so that quotas and turns are exact.
+
+        Args:
+            stage: What the worker does.
+            lease_seconds: How long the first lease lasts.
+            worker: What it has.
+            running_quota: For projects without one of their own; 0 is no limit.
         """
-        waiting = Job.status == ("validating" if stage == "validate" else "queued")
-        best = (
-            select(Job.id)
-            .where(waiting, Job.worker_id.is_(None))
-            .order_by(Job.priority.desc(), Job.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-            .scalar_subquery()
-        )
+        take_turn(self._session, f"claim:{stage}")
         values: dict[str, Any] = {}
         if stage == "train":
             values["started_at"] = func.coalesce(Job.started_at, utc_now())
             values["attempt_started_epoch"] = database_epoch()
-        return advance(
+        job = advance(
             self._session,
-            Job.id == best,
+            Job.id == best_waiting(stage, worker, running_quota).scalar_subquery(),
+            # Again, for its owner may change it while the statement waits for him.
+            Job.status == WAITING_STATUS[stage],
+            Job.worker_id.is_(None),
             events=[(_STARTED_EVENT[stage], {})],
-            status=_HELD_STATUS[stage],
+            status=HELD_STATUS[stage],
             attempt=Job.attempt + 1,
             worker_id=self._worker_id,
             lease_expires_epoch=database_epoch() + lease_seconds,
@@ -60,6 +69,21 @@ class ClaimRepository:
             trained_tokens=0,
             **values,
         )
+        if job is not None:
+            self._session.execute(
+                update(Project)
+                .where(Project.id == job.project_id)
+                .values({CLAIMED_AT[stage]: database_epoch()})
+                .execution_options(synchronize_session=False)
+            )
+        return job
+
+    def is_waiting(self, stage: Stage, worker: Capabilities, running_quota: int) -> bool:
+        """Tell whether a job waits that the worker can run, be it locked at this moment or not."""
+        if not can_lock_rows(self._session):
+            return False  # nothing is locked, so a claim that found nothing is right
+        query = best_waiting(stage, worker, running_quota, lock=False)
+        return self._session.scalar(query) is not None
 
     def write(
         self,
@@ -80,7 +104,7 @@ class ClaimRepository:
             Job.id == job_id,
             Job.attempt == attempt,
             Job.worker_id == self._worker_id,
-            Job.status == _HELD_STATUS[stage],
+            Job.status == HELD_STATUS[stage],
             events=events,
             **values,
         )
@@ -91,14 +115,23 @@ class ClaimRepository:
             )
         return job
 
-    def renew(self, job_id: str, attempt: int, stage: Stage, lease_seconds: float) -> Job:
-        """Extend the lease by the database's clock.
+    def renew(
+        self,
+        job_id: str,
+        attempt: int,
+        stage: Stage,
+        lease_seconds: float,
+        events: Sequence[Event] = (),
+        /,
+        **values: Any,
+    ) -> Job:
+        """Extend the lease by the database's clock, and change the job as `write` does.
 
         Raises:
             LeaseLost: The worker holds that attempt no longer.
         """
         expires = database_epoch() + lease_seconds
-        return self.write(job_id, attempt, stage, lease_expires_epoch=expires)
+        return self.write(job_id, attempt, stage, events, lease_expires_epoch=expires, **values)
 
     def hand_back(
         self, job_id: str, attempt: int, stage: Stage, status: str, event: Event, **values: Any
@@ -137,10 +170,7 @@ class ClaimRepository:
         """Return jobs whose lease has run out, locked where the database can."""
         return self._session.scalars(
             select(Job)
-            .where(
-                Job.status.in_(_HELD_STATUS.values()),
-                Job.lease_expires_epoch < database_epoch(),
-            )
+            .where(Job.worker_id.is_not(None), Job.lease_expires_epoch < database_epoch())
             .order_by(Job.lease_expires_epoch)
             .limit(limit)
             .with_for_update(skip_locked=True)

@@ -9,8 +9,10 @@ from sqlalchemy import ColumnElement, delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from core.db.models import Job, JobEvent, JobMetric
+from core.db.repositories import usage
 from core.db.repositories.dialect import insert_into
-from core.job_status import sources
+from core.job_status import TERMINAL, sources
+from core.webhooks.outbox import tell_of_job
 
 Event = tuple[str, dict[str, Any]]
 """Type and data of an event."""
@@ -47,6 +49,10 @@ def advance(
             for i, (kind, data) in enumerate(events)
         )
         session.flush()
+        if "status" in values:
+            tell_of_job(session, job)
+        if values.get("status") in TERMINAL:
+            usage.count_end(session, job)
     return job
 
 

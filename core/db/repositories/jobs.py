@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select
+from sqlalchemy import ColumnElement, delete, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from core.db.models import Adapter, AdapterVersion, IdempotencyKey, Job, utc_now
+from core.db.models import Adapter, AdapterVersion, IdempotencyKey, Job
 from core.db.repositories.dialect import is_key
-from core.db.repositories.history import advance
 from core.errors import NotFound
-from core.job_status import TERMINAL, UNFINISHED
+from core.job_status import TERMINAL
 from core.principal import Principal
 
 
@@ -84,34 +83,6 @@ class JobRepository:
             )
         ).one_or_none()
 
-    def cancel_waiting(self, job_id: str) -> Job | None:
-        """Cancel a job that no worker holds; `None` when one does or the job has ended."""
-        waiting = or_(
-            Job.status.in_(("queued", "paused")),
-            and_(Job.status == "validating", Job.worker_id.is_(None)),
-        )
-        return advance(
-            self._session,
-            Job.id == job_id,
-            self._owned(),
-            waiting,
-            events=[("cancelled", {})],
-            status="cancelled",
-            finished_at=utc_now(),
-        )
-
-    def request_cancel(self, job_id: str) -> Job | None:
-        """Ask the worker that holds the job to stop; `None` when it has ended or was asked."""
-        return advance(
-            self._session,
-            Job.id == job_id,
-            self._owned(),
-            Job.status.in_(UNFINISHED),
-            or_(Job.stop_requested.is_(None), Job.stop_requested != "cancel"),
-            events=[("cancel_requested", {})],
-            stop_requested="cancel",
-        )
-
     def delete(self, job_id: str) -> bool:
         """Remove an ended job with its events, metrics and keys; False when it has not ended."""
         removed = self._session.scalars(
@@ -121,14 +92,6 @@ class JobRepository:
             .execution_options(synchronize_session=False)
         ).one_or_none()
         return removed is not None
-
-    def queue_position(self, job: Job) -> int:
-        """Count the queued jobs, of any project, that a worker takes before this one."""
-        before = or_(
-            Job.priority > job.priority, and_(Job.priority == job.priority, Job.id < job.id)
-        )
-        query = select(func.count()).select_from(Job).where(Job.status == "queued", before)
-        return self._session.scalar(query) or 0
 
     def versions(self, jobs: Collection[Job]) -> Mapping[str, tuple[str, int, str]]:
         """Return version id → (adapter, version, digest) for what the jobs published."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import ApiKey, Project, utc_now
+from core.db.models import AdapterVersion, ApiKey, Dataset, Job, Project, utc_now
 from core.db.repositories.dialect import insert_into, is_key
 from core.errors import NotFound
 from core.ids import new_id
@@ -27,6 +27,66 @@ class ProjectRepository:
             .on_conflict_do_nothing(index_elements=["name"])
         )
         return self._session.scalars(select(Project).where(Project.name == name)).one()
+
+    def find(self, project_id: str, *, lock: bool = False) -> Project | None:
+        """Return a project, read afresh.
+
+        Args:
+            project_id: Which.
+            lock: Let nobody else who locks it go on until the transaction ends. Rows that refer to
+                the project can still be written.
+        """
+        query = select(Project).where(Project.id == project_id)
+        if lock:
+            query = query.with_for_update(key_share=True)
+        return self._session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+
+    def get_by_name(self, name: str) -> Project:
+        """Return a project.
+
+        Raises:
+            NotFound: Code `unknown_project`.
+        """
+        project = None
+        if is_key(name):
+            project = self._session.scalars(
+                select(Project).where(Project.name == name)
+            ).one_or_none()
+        if project is None:
+            raise NotFound(
+                f"no project {name!r}",
+                code="unknown_project",
+                hint="`tunesmith projects list` shows all; `tunesmith keys create` makes one.",
+            )
+        return project
+
+    def list(self) -> Sequence[Project]:
+        """Return all projects by name."""
+        return self._session.scalars(select(Project).order_by(Project.name)).all()
+
+    def count_waiting_jobs(self, project_id: str) -> int:
+        """Count the unfinished jobs that are not in training, paused ones included."""
+        return self._count_jobs(project_id, ("validating", "queued", "paused"))
+
+    def count_running_jobs(self, project_id: str) -> int:
+        """Count the jobs in training."""
+        return self._count_jobs(project_id, ("running",))
+
+    def sum_stored(self, project_id: str) -> tuple[int, int]:
+        """Return the rows of all data sets, and the bytes of all data sets and adapters."""
+        rows, dataset_bytes = self._session.execute(
+            select(func.sum(Dataset.rows), func.sum(Dataset.bytes)).where(
+                Dataset.project_id == project_id
+            )
+        ).one()
+        adapter_bytes = self._session.scalar(
+            select(func.sum(AdapterVersion.bytes)).where(AdapterVersion.project_id == project_id)
+        )
+        return int(rows or 0), int(dataset_bytes or 0) + int(adapter_bytes or 0)
+
+    def _count_jobs(self, project_id: str, statuses: tuple[str, ...]) -> int:
+        query = select(func.count()).where(Job.project_id == project_id, Job.status.in_(statuses))
+        return self._session.scalar(query) or 0
 
 
 class ApiKeyRepository:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
+from core.capabilities import Capabilities
 from core.db.models import Lease, Worker
 from core.db.repositories.dialect import insert_into
 from core.db.types import database_epoch
@@ -19,11 +20,27 @@ class WorkerRepository:
         self._session = session
 
     def report(
-        self, worker_id: str, *, queue: str, host: str, pid: int, job_id: str | None
+        self,
+        worker_id: str,
+        *,
+        queue: str,
+        host: str,
+        pid: int,
+        job_id: str | None,
+        capabilities: Capabilities,
     ) -> None:
         """Insert or refresh a worker."""
-        values = {"queue": queue, "host": host, "pid": pid, "job_id": job_id}
-        values["heartbeat_epoch"] = database_epoch()
+        values = {
+            "queue": queue,
+            "host": host,
+            "pid": pid,
+            "job_id": job_id,
+            "heartbeat_epoch": database_epoch(),
+            "device": capabilities.device,
+            "memory_bytes": capabilities.memory_bytes,
+            "warm_base": capabilities.warm_base,
+            "absent_base_models": sorted(capabilities.absent_base_models),
+        }
         self._session.execute(
             insert_into(self._session, Worker)
             .values(id=worker_id, **values)
