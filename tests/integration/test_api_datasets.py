@@ -154,7 +154,7 @@ def test_a_file_above_the_limit_is_refused_and_leaves_nothing(api: Api, announce
         ({"content": b""}, "empty_dataset"),
         ({"files": {"file": ("a.jsonl", b"\n\n")}}, "empty_dataset"),
         ({"files": {"file": ("a.jsonl", b'{"a": 1}\n')}}, "unknown_format"),
-        ({"files": {"file": ("a.parquet", b"PAR1....")}}, "unsupported_file_type"),
+        ({"files": {"file": ("a.parquet", b"PAR1....")}}, "malformed_parquet"),
         ({"files": {"file": ("a.jsonl", b'{"messages": [{"role": \n')}}, "invalid_dataset"),
         ({"files": {"file": ("a.jsonl", b'{"prompt": "a\\u0000", "completion": "b"}\n')}},
          "invalid_dataset"),
