@@ -35,7 +35,7 @@ check: $(INSTALLED) ## Lint, types, architecture and unit tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/unit
 
-chaos: $(INSTALLED) ## Do hundreds of faults to a cluster under load, and judge (~40 min)
+chaos: $(INSTALLED) ## Do hundreds of faults to a cluster under load, and judge (~25 min)
 	$(BIN)/python -m tests.chaos --report $(CHAOS_REPORT) $(CHAOS_OPTIONS)
 
 serve: $(SAMPLE_MODEL)/config.json ## Run the service with the sample model on port 8000

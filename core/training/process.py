@@ -5,6 +5,7 @@ Run as `python -m core.training.process` by its parent, which speaks the protoco
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
@@ -22,6 +23,9 @@ def main() -> None:
     from core.training.pipeline import Pipeline
     from core.training.task import TrainTask
 
+    # The libraries' hundreds of thousands of objects stay; no collection has to look at them again.
+    gc.collect()
+    gc.freeze()
     pipeline = Pipeline()
 
     def handle(task: dict[str, Any], channel: Channel) -> dict[str, Any]:

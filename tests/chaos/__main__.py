@@ -25,7 +25,7 @@ def main() -> int:
     """Run; the exit code tells whether all invariants held."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of load and schedule")
-    parser.add_argument("--faults", type=int, default=3 * len(PAIRS), help="how many")
+    parser.add_argument("--faults", type=int, help="how many; each pair three times by default")
     parser.add_argument("--report", type=Path, help="write the report to this file, too")
     parser.add_argument("--only", default="", help="only pairs whose `FAULT at INSTANT` has this")
     parser.add_argument("--keep", action="store_true", help="keep logs and data")
@@ -34,11 +34,12 @@ def main() -> int:
     configure(Settings(log_level="ERROR"), "chaos")
 
     pairs = [pair for pair in PAIRS if options.only in f"{pair[1]} at {pair[0]}"]
+    faults = options.faults or 3 * len(pairs)
     root = Path(tempfile.mkdtemp(prefix="chaos-"))
-    print(f"seed {options.seed}, {options.faults} faults, logs in {root}", flush=True)
+    print(f"seed {options.seed}, {faults} faults, logs in {root}", flush=True)
     driver = Driver(
         root,
-        plan(options.seed, options.faults, pairs),
+        plan(options.seed, faults, pairs),
         seed=options.seed,
         mount=True,
         say=lambda line: print(line, flush=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections import defaultdict
@@ -65,7 +66,7 @@ def _recovery(outcome: Outcome) -> list[str]:
     lines = ["| fault | times | median | 95 % | longest |", "| --- | ---: | ---: | ---: | ---: |"]
     for fault in MATRIX:
         if found := sorted(seconds[fault]):
-            middle, high = found[len(found) // 2], found[int(0.95 * (len(found) - 1))]
+            middle, high = found[len(found) // 2], found[math.ceil(0.95 * len(found)) - 1]
             lines.append(
                 f"| {fault} | {len(found)} | {middle:.1f} | {high:.1f} | {found[-1]:.1f} |"
             )

@@ -18,10 +18,11 @@ import json, sys, time
 from pathlib import Path
 from tests.support.cluster import Cluster
 cluster = Cluster(Path(sys.argv[1]))
-cluster.prepare({})
-cluster.start("api", "light-1")
+cluster.start("engine")
 pids = [process.pid for process in cluster.processes()]
-print(json.dumps([cluster.postgres.process.pid, cluster.redis.process.pid, *pids]), flush=True)
+pids += [cluster.postgres.process.pid, cluster.redis.process.pid]
+directories = [str(server.directory) for server in (cluster.postgres, cluster.redis)]
+print(json.dumps([pids, directories]), flush=True)
 time.sleep(600)
 """
 
@@ -34,14 +35,19 @@ def test_nothing_outlives_a_killed_owner(tmp_path: Path) -> None:
     )
     try:
         assert owner.stdout is not None
-        pids = json.loads(owner.stdout.readline())
+        pids, directories = json.loads(owner.stdout.readline())
         processes = [psutil.Process(pid) for pid in pids]
     finally:
         owner.kill()
         owner.communicate()
-    assert len(processes) >= 4
+    assert len(processes) == 3
     wait_until(
         lambda: all(is_gone(process) for process in processes),
         40,
         lambda: f"left: {[process for process in processes if not is_gone(process)]}",
+    )
+    wait_until(
+        lambda: not any(Path(directory).exists() for directory in directories),
+        20,
+        lambda: f"one of {directories} is left",
     )

@@ -67,14 +67,7 @@ def find(evidence: Evidence, store: LocalStore) -> list[str]:
 def find_in(evidence: Evidence, session: Session, store: LocalStore) -> list[str]:
     """Return the violations that the rows of a session show."""
     return [
-        violation
-        for check in (
-            verdict.jobs_ended_once,
-            verdict.versions_are_whole,
-            verdict.events_have_no_gap,
-            verdict.metrics_are_of_one_attempt,
-        )
-        for violation in check(evidence, session, store)
+        violation for check in verdict.ROW_CHECKS for violation in check(evidence, session, store)
     ]
 
 

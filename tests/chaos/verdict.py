@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import httpx2
 from sqlalchemy import select
@@ -66,7 +68,8 @@ class Evidence:
     directory: Path
 
 
-Check = Callable[[Evidence, Session, ArtifactStore], Iterator[str]]
+RowCheck = Callable[[Evidence, Session, ArtifactStore], Iterator[str]]
+Check = Callable[[Evidence, ArtifactStore], Iterator[str]]
 
 
 def judge(evidence: Evidence, say: Callable[[str], None]) -> tuple[dict[str, int], list[str]]:
@@ -75,30 +78,32 @@ def judge(evidence: Evidence, say: Callable[[str], None]) -> tuple[dict[str, int
     store = open_store(evidence.settings)
     with evidence.database.session() as session:
         counts = Counter(session.scalars(select(Job.status)))
-        for check in (
-            jobs_ended_once,
-            versions_are_whole,
-            events_have_no_gap,
-            metrics_are_of_one_attempt,
-            _answers,
-            _work,
-            _weights,
-        ):
-            began = time.monotonic()
-            try:
-                found = list(check(evidence, session, store))
-            except Exception as error:
-                found = [f"{check.__name__} could not be judged: {error!r}"]
-            violations += found
-            title = (check.__doc__ or "").splitlines()[0]
-            took = time.monotonic() - began
-            say(f"{'FAIL' if found else 'ok':>8}  {title} ({took:.1f} s)")
-    for part, code in evidence.cluster.stop().items():
-        if code != 0:
-            violations.append(f"{part} stopped with exit code {code}")
-    left = [" ".join(process.cmdline()) for process in evidence.cluster.processes()]
-    violations += [f"a process is left: {line}" for line in left]
-    violations += store_has_what_is_referenced(evidence, store)
+
+    def on_rows(check: RowCheck) -> Check:
+        @functools.wraps(check)
+        def with_session(evidence: Evidence, store: ArtifactStore) -> Iterator[str]:
+            with evidence.database.session() as session:
+                yield from list(check(evidence, session, store))
+
+        return with_session
+
+    for check in (
+        *(on_rows(check) for check in ROW_CHECKS),
+        _answers,
+        _work,
+        _weights,
+        _processes,
+        store_has_what_is_referenced,
+    ):
+        began = time.monotonic()
+        try:
+            found = list(check(evidence, store))
+        except Exception as error:
+            found = [f"{check.__name__} could not be judged: {error!r}"]
+        violations += found
+        title = (check.__doc__ or "").splitlines()[0]
+        took = time.monotonic() - began
+        say(f"{'FAIL' if found else 'ok':>8}  {title} ({took:.1f} s)")
     return dict(counts), violations
 
 
@@ -183,10 +188,20 @@ def metrics_are_of_one_attempt(
             yield f"{job.id} lacks the steps {sorted(set(expected) ^ set(steps))}"
 
 
-def _answers(evidence: Evidence, session: Session, _: ArtifactStore) -> Iterator[str]:
+ROW_CHECKS: Final[tuple[RowCheck, ...]] = (
+    jobs_ended_once,
+    versions_are_whole,
+    events_have_no_gap,
+    metrics_are_of_one_attempt,
+)
+
+
+def _answers(evidence: Evidence, _: ArtifactStore) -> Iterator[str]:
     """Each published version answers over HTTP, under its digest."""
-    names = {adapter.id: adapter.name for adapter in session.scalars(select(Adapter))}
-    for version in session.scalars(select(AdapterVersion)):
+    with evidence.database.session() as session:
+        names = {adapter.id: adapter.name for adapter in session.scalars(select(Adapter))}
+        versions = session.scalars(select(AdapterVersion)).all()
+    for version in versions:
         reference = f"{names[version.adapter_id]}@{version.version}"
         answer = _generate(evidence.cluster, reference)
         if answer.status_code != 200:
@@ -208,28 +223,37 @@ def _generate(cluster: Cluster, reference: str) -> httpx2.Response:
     return answers[-1]
 
 
-def _weights(evidence: Evidence, session: Session, store: ArtifactStore) -> Iterator[str]:
+def _weights(evidence: Evidence, store: ArtifactStore) -> Iterator[str]:
     """Each published adapter is, bit by bit, what an undisturbed run of the same spec makes."""
-    versions = {
-        version.job_id: version.digest
-        for version in session.scalars(select(AdapterVersion))
-        if version.job_id is not None
-    }
-    specs = {job.id: job.spec for job in session.scalars(select(Job)) if job.id in versions}
-    if not specs:
-        return
-    dataset = session.scalars(select(Dataset)).one()
+    with evidence.database.session() as session:
+        digests = {
+            version.job_id: version.digest
+            for version in session.scalars(select(AdapterVersion))
+            if version.job_id is not None
+        }
+        specs = {job.id: job.spec for job in session.scalars(select(Job)) if job.id in digests}
+        bases = {model.name: to_ref(model) for model in session.scalars(select(BaseModel))}
+        dataset = session.scalars(select(Dataset)).one()
     expected = train_undisturbed(
         evidence.directory,
         specs,
-        {model.name: to_ref(model) for model in session.scalars(select(BaseModel))},
+        bases,
         store.blob_path(dataset.sha256),
         dataset.format,
         trainers=os.cpu_count() or 1,
     )
-    for job_id, digest in versions.items():
-        if expected[job_id] != digest:
-            yield f"{job_id} published {digest[:12]} and not {expected[job_id][:12]}"
+    for job_id, digest in digests.items():
+        if expected.get(job_id) != digest:
+            yield f"{job_id} published {digest[:12]} and not {str(expected.get(job_id))[:12]}"
+
+
+def _processes(evidence: Evidence, _: ArtifactStore) -> Iterator[str]:
+    """All parts stop when they are asked to, and no process is left."""
+    for part, code in evidence.cluster.stop().items():
+        if code != 0:
+            yield f"{part} stopped with exit code {code}"
+    for process in evidence.cluster.processes():
+        yield f"a process is left: {' '.join(process.cmdline())}"
 
 
 def _work(evidence: Evidence, *_: object) -> Iterator[str]:

@@ -259,6 +259,13 @@ def test_no_statement_reads_more_because_there_is_more(world: World, name: str) 
     assert not slow, "\n\n".join(slow)
 
 
+def test_a_list_passes_no_jobs_that_are_not_in_it(world: World) -> None:
+    with explained(world.database) as plans:
+        list_jobs()(world)
+        list_jobs(status="succeeded")(world)
+    assert all(plan.touched_rows <= 51 for plan in plans.all), str(plans)
+
+
 @pytest.mark.parametrize(
     "statement",
     ["SELECT id FROM jobs WHERE step = -1", "SELECT id FROM jobs ORDER BY step"],

@@ -1,12 +1,15 @@
 """Ends foreign servers when the process that started them is gone, however it ended.
 
 The service's own processes watch their parent themselves; Postgres and Redis do not. Run as
-`python -m tests.support.reaper`, which reads process ids from stdin until it closes.
+`python -m tests.support.reaper`, which reads process ids and directories from stdin until that
+closes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +38,12 @@ class Reaper:
         self._process.stdin.write(f"{pid}\n".encode())
         self._process.stdin.flush()
 
+    def own(self, directory: Path) -> None:
+        """Remove this directory when the process that calls this is gone."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{directory}\n".encode())
+        self._process.stdin.flush()
+
     def close(self) -> None:
         """End what is registered and still runs, and then the reaper."""
         assert self._process.stdin is not None
@@ -44,7 +53,11 @@ class Reaper:
 
 def _main() -> None:
     registered: list[psutil.Process] = []
+    directories: list[Path] = []
     for line in sys.stdin:
+        if not line.strip().isdecimal():
+            directories.append(Path(line.strip()))
+            continue
         with contextlib.suppress(psutil.NoSuchProcess):
             # It remembers when the process began: another one with the same id is left alone.
             registered.append(psutil.Process(int(line)))
@@ -53,11 +66,15 @@ def _main() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             processes += [*process.children(recursive=True), process]
             process.resume()
-            process.terminate()
+            # Postgres takes it as a fast shutdown; SIGTERM would wait for its clients.
+            process.send_signal(signal.SIGINT)
     _, alive = psutil.wait_procs(processes, timeout=_GRACE_SECONDS)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(alive, timeout=_GRACE_SECONDS)
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Server:
         self.port = free_port()
         # Short, and reachable for the user that Postgres runs as.
         self.directory = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        reaper.own(self.directory)
         self.log = self.directory / "server.log"
         self._reaper = reaper
         self._process: subprocess.Popen[bytes] | None = None
