@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from core.errors import TrainingFailed, TunesmithError, to_wire
+from core.errors import TrainingFailed, TunesmithError, Unavailable, to_wire
 
 EVENTS_FD_VARIABLE = "TUNESMITH_CHILD_FD"
 LIFELINE_FD_VARIABLE = "TUNESMITH_CHILD_LIFELINE_FD"
@@ -191,9 +191,20 @@ def _describe(error: Exception) -> TunesmithError:
             code="out_of_memory",
             hint="Lower training.batch_size or training.max_length, or use a smaller base model.",
         )
+    if _is_disk_full(error):
+        return Unavailable(
+            message, code="storage_full", hint="Make room on the worker's data directory."
+        )
     return TunesmithError(
         message, code="internal_error", hint="The log of the worker's child has the traceback."
     )
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    # Writers in other languages give their own kinds of errors, but the system's words.
+    return "No space left on device" in str(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -229,6 +229,9 @@ class Runner:
                     self._until_available(lease, lambda: self._stage.succeed(result, conclude))
                 except _Interrupted:
                     self._conclude(lease, Stopped(forced=False))
+            case Failed(error) if error.get("code") == "storage_full":
+                self._wait_for_room(lease, error)
+                self._conclude(lease, Stopped(forced=False))
             case Failed(error) if not self._retries_smaller(lease.claim, error):
                 conclude(jobs.fail, error=from_wire(error).as_dict())
             case Failed(error):
@@ -264,12 +267,24 @@ class Runner:
                 lease.add(
                     jobs.EventUpdate("waiting", {"code": error.code, "reason": error.message})
                 )
-            until = time.monotonic() + wait_seconds
-            while time.monotonic() < until:
-                if self._stop_reason(lease) is not None:
-                    raise _Interrupted
-                self._stopping.wait(_LOOK_SECONDS)
+            if not self._waited(lease, wait_seconds):
+                raise _Interrupted
             wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
+
+    def _wait_for_room(self, lease: Lease, error: dict[str, Any]) -> None:
+        """Keep a job for a while that met a full disk, before it is tried again somewhere."""
+        log.warning("worker_disk_full", error=error["message"])
+        lease.add(jobs.EventUpdate("waiting", {"code": error["code"], "reason": error["message"]}))
+        self._waited(lease, self._settings.idle_poll_seconds)
+
+    def _waited(self, lease: Lease, seconds: float) -> bool:
+        """Wait; tell whether it was to the end, and not until the work had to stop."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self._stop_reason(lease) is not None:
+                return False
+            self._stopping.wait(_LOOK_SECONDS)
+        return True
 
     def _retries_smaller(self, claim: jobs.Claim, error: dict[str, Any]) -> bool:
         return error.get("code") == "out_of_memory" and claim.memory_rung < LAST_RUNG

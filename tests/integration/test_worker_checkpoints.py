@@ -198,6 +198,15 @@ def test_waiting_for_the_store_ends_on_request(
     bench.wait_for(job_id, status, 5)
 
 
+def test_a_full_disk_under_the_trainer_costs_no_attempt(bench: JobBench) -> None:
+    job_id = bench.submit()
+    bench.runner("fill_the_disk_once", max_attempts=1)
+    job = bench.wait_for(job_id, "succeeded", 30)
+    assert job.attempt == 3
+    (waiting,) = bench.events(job_id, "waiting")
+    assert waiting["code"] == "storage_full"
+
+
 def test_an_archive_holds_every_file_once(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "a" / "b").mkdir(parents=True)

@@ -122,6 +122,13 @@ def train_and_crash_once(task: dict[str, Any], channel: Channel) -> dict[str, An
     return train_in_steps(task, channel)
 
 
+def fill_the_disk_once(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Find the disk full in the first attempt to train."""
+    if task["attempt"] <= 2:
+        raise OSError(28, "No space left on device")
+    return succeed(task, channel)
+
+
 def run_out_of_memory_above_rung_two(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """Train only as far down the memory ladder as rung two."""
     if task["memory_rung"] < 2:
