@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Where `make serve` keeps its data.
 DATA_DIR ?= data
+# Test files run side by side, each in one process from beginning to end.
+TEST_PROCESSES ?= 2
 # `make chaos CHAOS_OPTIONS="--seed 7 --faults 50"` replays, or does less.
 CHAOS_OPTIONS ?=
 CHAOS_REPORT  ?= var/chaos.md
@@ -26,7 +28,7 @@ demo: $(SAMPLE_MODEL)/config.json ## Train an adapter on the sample data and com
 	@$(BIN)/python -m examples.demo --model $(SAMPLE_MODEL)
 
 test: $(SAMPLE_MODEL)/config.json ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 check: $(INSTALLED) ## Lint, types, architecture and unit tests
 	$(BIN)/ruff check .
