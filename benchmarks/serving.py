@@ -20,6 +20,7 @@ from tests.support.adapters import make_adapter
 from tests.support.service import RunningService, chat_rows
 
 NEW_TOKENS = 48
+_ADAPTERS = 8
 _STATUS = "job status, p99, while 8 answers are computed"
 QUESTIONS = [
     f"Please explain in plain words how {thing} works and what it is used for in daily life."
@@ -31,21 +32,27 @@ def measure(model_dir: Path, rounds: int) -> list[Measurement]:
     """Run all measurements of serving."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        adapter = root / "adapter"
-        make_adapter(adapter, model_dir, r=16, scale=0.01)
+        adapters = {
+            f"adapter-{number}": make_adapter(
+                root / f"adapter-{number}", model_dir, r=16, scale=0.01, seed=number
+            )
+            for number in range(_ADAPTERS)
+        }
         threads = {"TUNESMITH_ENGINE_THREADS": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
         service = RunningService(root / "data", {"sample": model_dir}, threads)
         try:
-            return _measure(service, model_dir, adapter, rounds)
+            return _measure(service, model_dir, adapters, rounds)
         finally:
             service.stop()
 
 
 def _measure(
-    service: RunningService, model_dir: Path, adapter: Path, rounds: int
+    service: RunningService, model_dir: Path, adapters: dict[str, Path], rounds: int
 ) -> list[Measurement]:
-    _import(service, adapter, "warm")
-    reference = _Reference(model_dir, adapter)
+    for name, path in adapters.items():
+        _import(service, path, name)
+    reference = _Reference(model_dir, adapters)
+    names = list(adapters)
     ours: dict[str, list[float]] = {}
     peer: dict[str, list[float]] = {}
 
@@ -54,17 +61,20 @@ def _measure(
         if its is not None:
             peer.setdefault(work, []).append(its)
 
-    _generate(service, None, QUESTIONS[:1])
-    _generate(service, "warm", QUESTIONS[:1])
+    _generate(service, [None])
+    for name in names:
+        _generate(service, [name])
+    works: dict[str, list[str | None]] = {
+        "1 at a time, base": [None],
+        "1 at a time, an adapter": names[:1],
+        "8 at a time, base": [None] * 8,
+        "8 at a time, one adapter": names[:1] * 8,
+        "8 at a time, 8 adapters": list(names),
+        "16 at a time, 8 adapters": names * 2,
+    }
     for _ in range(rounds):
-        for label, named, adapted in (("base", None, False), ("adapter", "warm", True)):
-            for rows in (1, 8):
-                questions = QUESTIONS[:rows]
-                take(
-                    f"{rows} at a time, {label}",
-                    _generate(service, named, questions),
-                    reference.generate(questions, adapted=adapted),
-                )
+        for work, asked in works.items():
+            take(work, _generate(service, asked), reference.generate(asked))
         take(_STATUS, _status_p99(service), None)
     return [
         Measurement(
@@ -76,6 +86,10 @@ def _measure(
         )
         for work, samples in ours.items()
     ]
+
+
+def _questions(count: int) -> list[str]:
+    return [QUESTIONS[number % len(QUESTIONS)] for number in range(count)]
 
 
 def _import(service: RunningService, adapter: Path, name: str) -> None:
@@ -100,18 +114,18 @@ def _body(question: str) -> dict[str, Any]:
     }
 
 
-def _generate(service: RunningService, adapter: str | None, questions: list[str]) -> float:
+def _generate(service: RunningService, adapters: list[str | None]) -> float:
     """Return the tokens per second of all requests together, sent at once."""
-    params = {"adapter": adapter} if adapter else {}
 
-    def ask(question: str) -> int:
+    def ask(question: str, adapter: str | None) -> int:
+        params = {"adapter": adapter} if adapter else {}
         answer = service.client.post("/generate", params=params, json=_body(question))
         answer.raise_for_status()
         return int(answer.json()["usage"]["completion_tokens"])
 
-    with ThreadPoolExecutor(len(questions)) as pool:
+    with ThreadPoolExecutor(len(adapters)) as pool:
         started = time.monotonic()
-        tokens = sum(pool.map(ask, questions))
+        tokens = sum(pool.map(ask, _questions(len(adapters)), adapters))
         return tokens / (time.monotonic() - started)
 
 
@@ -126,7 +140,7 @@ def _status_p99(service: RunningService) -> float:
         }
     )
     with ThreadPoolExecutor(1) as pool:
-        load = pool.submit(_generate, service, "warm", QUESTIONS)
+        load = pool.submit(_generate, service, [f"adapter-{i}" for i in range(_ADAPTERS)])
         samples = []
         while len(samples) < 200 and not load.done():
             started = time.monotonic()
@@ -140,21 +154,25 @@ def _status_p99(service: RunningService) -> float:
 
 
 class _Reference:
-    """transformers and PEFT as a user would call them."""
+    """transformers and PEFT as a user would call them, a mixed batch by its `adapter_names`."""
 
-    def __init__(self, model_dir: Path, adapter: Path) -> None:
+    def __init__(self, model_dir: Path, adapters: dict[str, Path]) -> None:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         self._tokenizer = load_tokenizer(model_dir)
         self._tokenizer.padding_side = "left"
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        self._model = PeftModel.from_pretrained(base, adapter).eval()
+        (first, path), *others = adapters.items()
+        self._model = PeftModel.from_pretrained(base, path, adapter_name=first)
+        for name, path in others:
+            self._model.load_adapter(path, name)
+        self._model.eval()
 
-    def generate(self, questions: list[str], *, adapted: bool) -> float:
+    def generate(self, adapters: list[str | None]) -> float:
         prompts = [
             render_prompt([{"role": "user", "content": question}], self._tokenizer).text
-            for question in questions
+            for question in _questions(len(adapters))
         ]
         batch = self._tokenizer(
             prompts, return_tensors="pt", padding=True, add_special_tokens=False
@@ -163,9 +181,12 @@ class _Reference:
         arguments |= {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
         started = time.monotonic()
         with torch.inference_mode():
-            if adapted:
-                self._model.generate(**batch, **arguments)
-            else:
+            if adapters[0] is None:
                 with self._model.disable_adapter():
                     self._model.generate(**batch, **arguments)
-        return len(questions) * NEW_TOKENS / (time.monotonic() - started)
+            elif len(set(adapters)) == 1:
+                self._model.set_adapter(adapters[0])
+                self._model.generate(**batch, **arguments)
+            else:
+                self._model.generate(**batch, **arguments, adapter_names=adapters)
+        return len(adapters) * NEW_TOKENS / (time.monotonic() - started)

@@ -266,8 +266,8 @@ class EngineThread:
     def _adapter_read(self, key: AdapterKey, started: float, future: Future[Any]) -> None:
         waiters = self._waiting_for_adapter.pop(key)
         try:
-            weights = future.result()
-            self._runner.bases[key.base_digest].insert(weights)
+            adapter = future.result()
+            self._runner.bases[key.base_digest].insert(adapter)
         except Exception as problem:
             error = _deliberate(problem)
             self._bank.failed(key, error, remember=isinstance(error, Conflict))
@@ -276,7 +276,7 @@ class EngineThread:
                 self._end(work, error)
             return
         load_ms = (time.monotonic() - started) * 1000
-        self._bank.loaded(key, bytes=weights.bytes, load_ms=load_ms)
+        self._bank.loaded(key, bytes=adapter.weights.bytes, load_ms=load_ms)
         log.info("adapter_loaded", digest=key.digest, load_ms=round(load_ms, 1))
         for work in waiters:
             self._need_prompt(work)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,7 +16,8 @@ from core.errors import TunesmithError
 from core.inference.engine import SamplingParams
 from core.inference.gates import AdapterWeights, BaseFacts, check_applied, check_effect
 from core.inference.generation import TokenChoice
-from core.inference.prompts import PromptEncoder
+from core.inference.grammar import GrammarCompiler
+from core.inference.prompts import EncodedPrompt, PromptEncoder
 from core.inference.rows import RowModel
 from core.inference.sampling import RowSampler, choose_tokens
 
@@ -23,7 +25,15 @@ if TYPE_CHECKING:
     from core.inference.work import Line
 
 # Enough positions to see an effect; more would only take time from running requests.
-_MAX_GOLDEN_TOKENS = 64
+_MAX_GOLDEN_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class PreparedAdapter:
+    """An adapter that passed the gates on its files, and what the rows made of it."""
+
+    weights: AdapterWeights
+    prepared: Any
 
 
 class LoadedBase:
@@ -35,6 +45,7 @@ class LoadedBase:
         facts: What adapters are matched against.
         eos_ids: Tokens that end an answer.
         context_length: Tokens that prompt and answer may have together.
+        vocabulary: Tokens that the model knows.
     """
 
     def __init__(
@@ -44,15 +55,16 @@ class LoadedBase:
         facts: BaseFacts,
         eos_ids: frozenset[int],
         context_length: int,
+        vocabulary: int,
     ) -> None:
         self.rows = rows
         self.tokenizer = tokenizer
         self.facts = facts
         self.eos_ids = eos_ids
         self._context_length = context_length
-        self._encoders: dict[str | None, PromptEncoder] = {
-            None: PromptEncoder(tokenizer, context_length)
-        }
+        self._vocabulary = vocabulary
+        self._grammars = GrammarCompiler(tokenizer, eos_ids, vocabulary)
+        self._encoders: dict[str | None, PromptEncoder] = {None: self._make_encoder(tokenizer)}
         self._golden: tuple[tuple[int, ...], Tensor] | None = None
 
     @property
@@ -74,11 +86,14 @@ class LoadedBase:
         """Return one token's own text; safe from any thread."""
         return str(self.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
 
-    def sampler(
-        self, sampling: SamplingParams, answer: int, prompt_ids: Sequence[int]
-    ) -> RowSampler:
+    def end_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        """Return the tokens that end a request's answers."""
+        return self.eos_ids.union(sampling.stop_token_ids)
+
+    def sampler(self, sampling: SamplingParams, answer: int, prompt: EncodedPrompt) -> RowSampler:
         """Return what chooses the tokens of one answer."""
-        return RowSampler(sampling, answer, prompt_ids, self.eos_ids)
+        matcher = prompt.matchers[answer] if prompt.matchers else None
+        return RowSampler(sampling, answer, prompt.ids, self.end_ids(sampling), matcher)
 
     def decode_lines(self, lines: Sequence[Line]) -> list[TokenChoice | TunesmithError]:
         """Compute one step of several answers and choose their next tokens.
@@ -88,14 +103,19 @@ class LoadedBase:
         logits = self.rows.decode([line.row for line in lines], [line.last_token for line in lines])
         return choose_tokens(logits, [line.sampler for line in lines])
 
-    def insert(self, weights: AdapterWeights) -> None:
+    def prepare(self, weights: AdapterWeights) -> PreparedAdapter:
+        """Do what an adapter needs before it is inserted; safe from any thread."""
+        return PreparedAdapter(weights, self.rows.prepare(weights))
+
+    def insert(self, adapter: PreparedAdapter) -> None:
         """Make an adapter resident, through the gates that need the model; or leave no trace.
 
         Raises:
             Conflict: Code `adapter_not_applied`, `adapter_not_finite` or `adapter_has_no_effect`.
         """
+        weights = adapter.weights
         try:
-            check_applied(self.rows.insert(weights), weights.modules)
+            check_applied(self.rows.insert(weights.digest, adapter.prepared), weights.modules)
             self._check_effect(weights)
         except BaseException:
             self.remove(weights.digest)
@@ -103,12 +123,15 @@ class LoadedBase:
         # The tokenizer is the base's own, byte for byte; only the template is the adapter's.
         tokenizer = copy.copy(self.tokenizer)
         tokenizer.chat_template = weights.template
-        self._encoders[weights.digest] = PromptEncoder(tokenizer, self._context_length)
+        self._encoders[weights.digest] = self._make_encoder(tokenizer)
 
     def remove(self, digest: str) -> None:
         """Forget an adapter; a no-op for one that is not there."""
         self.rows.remove(digest)
         self._encoders.pop(digest, None)
+
+    def _make_encoder(self, tokenizer: Any) -> PromptEncoder:
+        return PromptEncoder(tokenizer, self._context_length, self._vocabulary, self._grammars)
 
     def _check_effect(self, weights: AdapterWeights) -> None:
         ids = tuple(weights.golden_token_ids[:_MAX_GOLDEN_TOKENS])

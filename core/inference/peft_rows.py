@@ -42,8 +42,13 @@ class PeftRows:
         """Unknown: each row's cache grows by itself; 0 when no row is open."""
         return self._open
 
-    def insert(self, weights: AdapterWeights) -> set[str]:
+    def prepare(self, weights: AdapterWeights) -> AdapterWeights:
+        """Return an adapter as it is; PEFT does everything when it is inserted."""
+        return weights
+
+    def insert(self, digest: str, prepared: AdapterWeights) -> set[str]:
         """Make an adapter resident; return the names of the modules that it changes."""
+        weights = prepared
         config = LoraConfig(
             r=weights.r,
             lora_alpha=weights.lora_alpha,

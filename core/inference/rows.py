@@ -52,8 +52,12 @@ class RowModel(Protocol):
         """What open rows take; 0 when there are none."""
         ...
 
-    def insert(self, weights: AdapterWeights) -> set[str]:
-        """Make an adapter resident; return the names of the modules that it changes."""
+    def prepare(self, weights: AdapterWeights) -> Any:
+        """Return an adapter as `insert` wants it; safe from any thread."""
+        ...
+
+    def insert(self, digest: str, prepared: Any) -> set[str]:
+        """Make a prepared adapter resident; return the names of the modules that it changes."""
         ...
 
     def remove(self, digest: str) -> None:

@@ -18,11 +18,11 @@ from core.data.tokenizer import load_tokenizer
 from core.errors import Conflict, InvalidInput
 from core.inference.adapter_bank import AdapterKey
 from core.inference.engine import BaseModelRef
-from core.inference.gates import AdapterWeights, BaseFacts, read_adapter
+from core.inference.gates import BaseFacts, read_adapter
 from core.inference.lean.linear import Precision, offered_precisions
 from core.inference.lean.model import LeanModel
 from core.inference.lean.weights import why_not_lean
-from core.inference.loaded_base import LoadedBase
+from core.inference.loaded_base import LoadedBase, PreparedAdapter
 from core.inference.peft_rows import PeftRows
 from core.inference.rows import RowModel
 from core.logging import get_logger
@@ -88,6 +88,7 @@ class TransformersRunner:
             facts,
             _eos_ids(model, tokenizer),
             _context_length(model),
+            _vocabulary(model),
         )
 
     def _rows(self, model: Any, name: str) -> RowModel:
@@ -101,13 +102,14 @@ class TransformersRunner:
         log.info("base_model_is_generic", model=name, reason=reason)
         return PeftRows(model)
 
-    def read_adapter(self, base_digest: str, digest: str, directory: Path) -> AdapterWeights:
+    def read_adapter(self, base_digest: str, digest: str, directory: Path) -> PreparedAdapter:
         """Read an adapter of a loaded base model from disk; safe from any thread.
 
         Raises:
             Conflict: See `core.inference.gates.read_adapter`.
         """
-        return read_adapter(directory, digest, self.bases[base_digest].facts)
+        base = self.bases[base_digest]
+        return base.prepare(read_adapter(directory, digest, base.facts))
 
     def remove_adapter(self, key: AdapterKey) -> None:
         """Take an adapter out of memory."""
@@ -120,8 +122,11 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     ids = set(end_token_ids(tokenizer))
     for value in stated:
         ids.update(value if isinstance(value, list) else [value] if value is not None else [])
-    vocabulary = model.get_input_embeddings().num_embeddings
-    return frozenset(token_id for token_id in ids if 0 <= token_id < vocabulary)
+    return frozenset(token_id for token_id in ids if 0 <= token_id < _vocabulary(model))
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
 
 
 def _context_length(model: Any) -> int:

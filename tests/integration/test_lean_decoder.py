@@ -131,7 +131,7 @@ class Texts:
         self.adapters = {adapter.digest: adapter for adapter in adapters}
         self.ids: dict[Row, list[int]] = {}
         for adapter in adapters:
-            assert lean.insert(adapter) == set(adapter.modules)
+            assert lean.insert(adapter.digest, lean.prepare(adapter)) == set(adapter.modules)
 
     def open(self, adapter: str | None, prompt: list[int], piece: int = 512) -> Row:
         row = self.lean.open_row(adapter, prompt)
@@ -211,7 +211,7 @@ def test_an_adapter_that_comes_back_under_its_name_is_not_confused_with_the_old_
     for digest in texts.adapters:
         texts.lean.remove(digest)
     for adapter in (second, first):
-        texts.lean.insert(adapter)
+        texts.lean.insert(adapter.digest, texts.lean.prepare(adapter))
     again = [texts.open(digest, [1, 2]) for digest in texts.adapters]
     texts.step(again, [3, 4])
 
@@ -222,7 +222,7 @@ def test_a_rows_logits_do_not_depend_on_its_neighbours(precision: Any) -> None:
     lean = LeanModel(model, precision)
     adapters = [make_adapter(model, number, 4) for number in range(3)]
     for adapter in adapters:
-        lean.insert(adapter)
+        lean.insert(adapter.digest, lean.prepare(adapter))
 
     def logits(neighbours: int) -> torch.Tensor:
         digests = ["digest-0", None, "digest-1", "digest-2", "digest-0"][: neighbours + 1]

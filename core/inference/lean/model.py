@@ -68,11 +68,14 @@ class LeanModel:
         """Size of the key-value cache at present."""
         return self._cache.bytes
 
-    def insert(self, weights: AdapterWeights) -> set[str]:
+    def prepare(self, weights: AdapterWeights) -> AdapterMatrices:
+        """Return an adapter's matrices as the decoder wants them; safe from any thread."""
+        return AdapterMatrices(weights, self._norms, self._shape, self._widths, self._device)
+
+    def insert(self, digest: str, prepared: AdapterMatrices) -> set[str]:
         """Make an adapter resident; return the names of the modules that it changes."""
-        adapter = AdapterMatrices(weights, self._norms, self._shape, self._widths, self._device)
-        self._resident[weights.digest] = adapter
-        return adapter.applied
+        self._resident[digest] = prepared
+        return prepared.applied
 
     def remove(self, digest: str) -> None:
         """Forget an adapter; a no-op for one that is not there."""
@@ -113,7 +116,7 @@ class LeanModel:
         adapters, groups = arrange([rows[index].adapter for index in order])
         positions = torch.tensor([rows[index].length for index in order], device=self._device)
         slots = torch.arange(len(rows), device=self._device) * self._cache.capacity + positions
-        logits: Tensor = self._decoder(
+        logits: Tensor = self._run(
             torch.tensor([token_ids[index] for index in order], device=self._device),
             Batch(len(rows), 1, 0, self._seen_length(longest), positions, slots, self._nothing),
             self._cache.tensors,
@@ -156,7 +159,7 @@ class LeanModel:
         keep = torch.tensor([count - 1], device=self._device) if last_only else self._nothing
         length = self._seen_length(row.length + count)
         adapter = self._resident[row.adapter].layers if row.adapter else self._no_adapters
-        logits: Tensor = self._decoder(
+        logits: Tensor = self._run(
             torch.tensor(token_ids, device=self._device),
             Batch(1, count, row.cache, length, positions, slots, keep),
             self._cache.tensors,
@@ -164,6 +167,11 @@ class LeanModel:
             self._all_rows if row.adapter else self._no_groups,
         )
         return logits
+
+    def _run(self, *arguments: Any) -> Any:
+        # Of each thread: see `_compile`.
+        torch._C._set_graph_executor_optimize(False)
+        return self._decoder(*arguments)
 
     def _seen_length(self, longest: int) -> int:
         return min(-(-longest // _LENGTH_BLOCK) * _LENGTH_BLOCK, self._cache.capacity)
@@ -209,6 +217,9 @@ def _compile(decoder: Decoder) -> Any:
         with warnings.catch_warnings():
             # torch announces a successor that takes a minute to compile this and is no faster.
             warnings.simplefilter("ignore")
+            # Specialising the graph for every shape it meets would stop the first requests for
+            # seconds and makes no step quicker.
+            torch._C._set_graph_executor_optimize(False)
             return torch.jit.script(decoder)
     except Exception as error:
         log.warning("decoder_not_compiled", error=str(error).splitlines()[0])
