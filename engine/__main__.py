@@ -96,8 +96,9 @@ def _serve(
 
 def _make_runner(settings: Settings) -> TransformersRunner:
     # Imported here, in the engine thread: the process answers its status in the meantime.
-    from core.data.quiet import silence_libraries
+    from core.data.quiet import silence_libraries, spin_briefly
 
+    spin_briefly()
     silence_libraries()
     from core.inference.transformers_runner import TransformersRunner
 

@@ -18,6 +18,16 @@ _ENVIRONMENT = {
 _WAIT_POLICY = ("OMP_WAIT_POLICY", "PASSIVE")
 
 
+# The engine's steps are a thousand small products, and falling asleep between two of them costs more
+# than the products; this is long enough from one to the next and too short to hurt a trainer.
+_BRIEF_SPIN = ("GOMP_SPINCOUNT", "4000")
+
+
+def spin_briefly() -> None:
+    """Let torch's threads stay awake from one small product to the next; before importing torch."""
+    os.environ.setdefault(*_BRIEF_SPIN)
+
+
 def silence_libraries() -> None:
     """Set what the model libraries read at import; call before importing torch."""
     os.environ.update(_ENVIRONMENT)

@@ -47,6 +47,10 @@ class Server:
         name: For messages and files.
     """
 
+    # Nobody needs the data of a server that is closed. (SIGQUIT may be ignored: a shell that starts
+    # something in the background has it so.)
+    _last_signal = signal.SIGKILL
+
     def __init__(self, reaper: Reaper, name: str) -> None:
         self.name = name
         self.port = free_port()
@@ -97,7 +101,7 @@ class Server:
     def close(self) -> None:
         """End it and remove its data."""
         if self._process is not None and self._process.poll() is None:
-            self.stop(signal.SIGQUIT)
+            self.stop(self._last_signal)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _tail(self) -> str:
@@ -119,6 +123,9 @@ class Postgres(Server):
     Args:
         reaper: Ends it if this process cannot.
     """
+
+    # Its own processes would outlive a SIGKILL for a moment, with its shared memory.
+    _last_signal = signal.SIGQUIT
 
     def __init__(self, reaper: Reaper) -> None:
         super().__init__(reaper, "postgres")
