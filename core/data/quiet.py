@@ -18,8 +18,8 @@ _ENVIRONMENT = {
 _WAIT_POLICY = ("OMP_WAIT_POLICY", "PASSIVE")
 
 
-# The engine's steps are a thousand small products, and falling asleep between two of them costs more
-# than the products; this is long enough from one to the next and too short to hurt a trainer.
+# The engine's steps are a thousand small products, and falling asleep between two of them costs
+# more than the products; this is long enough from one to the next and too short to hurt a trainer.
 _BRIEF_SPIN = ("GOMP_SPINCOUNT", "4000")
 
 
