@@ -3,8 +3,8 @@
     validating → queued → running → succeeded | failed | cancelled
 
 A job that waits or runs can be paused; a paused one goes back to where it waited. One that failed
-or was cancelled can be tried again. Every statement that moves a job asks this table, so a move
-that is not in it cannot happen.
+or was cancelled can be tried again. A dry run has succeeded once it is validated. Every statement
+that moves a job asks this table, so a move that is not in it cannot happen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ JobStatus = Literal["validating", "queued", "running", "paused", "succeeded", "f
 
 MOVES: Final[Mapping[JobStatus, frozenset[JobStatus]]] = {
     # To itself: its worker went away, and it waits for another.
-    "validating": frozenset({"validating", "queued", "paused", "failed", "cancelled"}),
+    "validating": frozenset({"validating", "queued", "paused", "succeeded", "failed", "cancelled"}),
     "queued": frozenset({"running", "paused", "failed", "cancelled"}),
     "running": frozenset({"queued", "paused", "succeeded", "failed", "cancelled"}),
     "paused": frozenset({"validating", "queued", "cancelled"}),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from core.data.report import DryRunReport
 from core.errors import InvalidInput
 from core.job_status import JobStatus
 from core.specs import JobSpec
@@ -119,6 +120,45 @@ class CheckpointRead(_Read):
     created_at: datetime
     usable: bool
     reason: str | None = Field(description="Why it cannot be used.")
+
+
+class Estimate(_Read):
+    """What a training would take, as far as it can be told beforehand."""
+
+    device: str | None = Field(
+        None, description="Of the spec, else of a live train worker, else of the last jobs."
+    )
+    seconds: float | None = Field(
+        None, description="From the start of training to the published adapter, without waiting."
+    )
+    seconds_reason: str | None = Field(None, description="Why there is no such estimate.")
+    tokens_per_second: float | None = Field(
+        None, description="Measured while the project's last jobs trained on this base model."
+    )
+    measured_jobs: int = Field(0, description="Jobs that the speed comes from, at most 5.")
+    peak_memory_bytes: int | None = Field(
+        None,
+        description="Weights, trained parameters with their optimizer, and the activations of a "
+        "batch of the longest rows; a rough figure. With less, the trainer halves the batch.",
+    )
+    memory_reason: str | None = Field(None, description="Why there is no such estimate.")
+
+
+class DryRunRead(_Read):
+    """A dry run and what it found."""
+
+    id: str
+    status: Literal["validating", "succeeded", "failed"] = Field(
+        description="`succeeded` once there is a report, whatever it says."
+    )
+    valid: bool | None = Field(description="Whether a job would go on to training.")
+    report: DryRunReport | None
+    estimate: Estimate | None
+    error: dict[str, Any] | None = Field(
+        description="Why there is no report when it `failed`, such as `attempts_exhausted`."
+    )
+    created_at: datetime
+    finished_at: datetime | None
 
 
 class WorkerRead(_Read):

@@ -28,6 +28,7 @@ from service.routes import (
     datasets,
     generate,
     job_control,
+    job_validation,
     jobs,
     models,
     operations,
@@ -86,7 +87,17 @@ def create_app(
     )
     app.state.services = services
     errors.install(app)
-    for module in (datasets, jobs, job_control, adapters, webhooks, generate, models, operations):
+    for module in (
+        datasets,
+        job_validation,
+        jobs,
+        job_control,
+        adapters,
+        webhooks,
+        generate,
+        models,
+        operations,
+    ):
         app.include_router(module.router)
     return app
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from pathlib import Path
@@ -36,21 +37,28 @@ class ValidateStage:
             NotFound: The rows are gone.
         """
         claim = lease.claim
+        if claim.spec.rows is None:
+            path = self._store.blob_path(claim.dataset_sha256)
+        else:
+            path = work_dir / "inline.jsonl"
+            with path.open("w", encoding="ascii") as lines:
+                lines.writelines(json.dumps(row) + "\n" for row in claim.spec.rows)
         return {
-            "spec": claim.spec.model_dump(mode="json"),
+            "spec": jobs.without_rows(claim.spec),
             "base": claim.base.model_dump(mode="json"),
-            "data_path": str(self._store.blob_path(claim.dataset_sha256)),
-            "data_format": claim.dataset_format,
+            "data_path": str(path),
+            "data_format": claim.dataset_format or None,
+            "examine": claim.dry_run,
         }
 
     def receive(self, lease: Lease, stopping: threading.Event) -> None:
         """Return nobody: a dry run makes no checkpoints."""
 
     def succeed(self, result: dict[str, Any], conclude: Conclude) -> None:
-        """Queue the job with its report.
+        """Queue the job with its report; a dry run has ended with it.
 
         Raises:
             LeaseLost: Another attempt owns the job.
         """
-        conclude(jobs.validated, report=result)
+        conclude(jobs.validation_done, report=result)
         self._queue.wake("train")

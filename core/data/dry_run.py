@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,25 +14,30 @@ from typing import Any
 
 from core.data.check import ErrorList, invalid_dataset
 from core.data.detect import DatasetFormat, detect_format
+from core.data.figures import build_report
 from core.data.ingest import parse_rows
 from core.data.rendering import TrainingRow, render_row
+from core.data.report import DryRunReport, Finding
 from core.data.rows import Problem
 from core.data.schema import Example, check_row, to_example
 from core.data.selection import RowSelector, prepare
-from core.data.split import count_steps, split_rows
 from core.errors import InvalidInput
 from core.specs import DataSpec, JobSpec
-
-_MAX_SAMPLE_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """A row of the data set as training uses it, with the line it came from."""
+    """A row of the data set as training uses it.
+
+    Attributes:
+        line: Where it stands in the file.
+        same_as: Line of the first row that says the same; `None` when there is no earlier one.
+    """
 
     line: int
     example: Example
     rendered: TrainingRow
+    same_as: int | None = None
 
 
 @dataclass
@@ -42,19 +46,28 @@ class RenderedDataset:
 
     Attributes:
         format: Format of the rows; `None` when no row could be read.
+        limit_tokens: Most tokens a row may have.
         rows: The good rows, in file order.
         seen: Rows read, bad ones included.
         dropped: Why rows were left out on the spec's wish → how many.
-        duplicates: Rows that say the same as an earlier one.
         errors: The findings.
+        too_long: Rows over the limit, which are among the findings.
+        longest_tokens: Of these.
     """
 
     format: DatasetFormat | None
+    limit_tokens: int
     rows: list[RenderedRow] = field(default_factory=list)
     seen: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    duplicates: int = 0
     errors: ErrorList = field(default_factory=ErrorList)
+    too_long: int = 0
+    longest_tokens: int = 0
+
+    @property
+    def duplicates(self) -> int:
+        """Rows that say the same as an earlier one."""
+        return sum(row.same_as is not None for row in self.rows)
 
 
 def render_dataset(
@@ -80,44 +93,11 @@ def render_dataset(
         InvalidInput: Code `invalid_dataset`, with all findings; or one that concerns the whole
             data set, such as `no_chat_template`.
     """
-    data = RenderedDataset(format)
-    known: set[bytes] = set()
-    selector = RowSelector(spec)
-    for parsed in parse_rows(path):
-        check_stop()
-        data.seen += 1
-        if selector.slices_off():
-            continue
-        if parsed.problem is not None:
-            data.errors.add(parsed.line, parsed.problem)
-            continue
-        if data.format is None:
-            data.format = detect_format(parsed.row, parsed.line)
-        problems = check_row(parsed.row, data.format)
-        for problem in problems:
-            data.errors.add(parsed.line, problem)
-        if problems:
-            continue
-        example = to_example(parsed.row, data.format)
-        if selector.filters_out(example):
-            continue
-        example = prepare(example, spec)
-        try:
-            rendered = _render_checked(example, tokenizer, max_length)
-        except InvalidInput as error:
-            if error.code == "no_chat_template":
-                raise
-            data.errors.add(parsed.line, Problem(error.code, _sentence(error), error.field))
-            continue
-        identity = _identity(example)
-        data.duplicates += identity in known
-        known.add(identity)
-        data.rows.append(RenderedRow(parsed.line, example, rendered))
+    data = RenderedDataset(format, max_length)
+    _read(data, path, tokenizer, spec, check_stop)
     if data.errors.count:
         raise invalid_dataset(data.errors.listed, data.errors.count)
-    data.dropped = dict(selector.dropped)
-    if not data.rows:
-        raise _no_rows(data.dropped)
+    _check_rows_left(data)
     return data
 
 
@@ -129,7 +109,7 @@ def dry_run(
     *,
     context_length: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+) -> DryRunReport:
     """Return what training on a data set would do.
 
     Args:
@@ -139,12 +119,6 @@ def dry_run(
         tokenizer: From `load_tokenizer`, of the base model.
         context_length: Most tokens that the base model can read.
         check_stop: Called before each row; may raise to end early.
-
-    Returns:
-        `format`, `rows` used, `dropped` (reason → rows left out), `training_rows`,
-        `validation_rows`, `duplicates`, `tokens` (`total`, `min`, `mean`, `p50`, `p95`, `max` per
-        row), `trained_tokens`, `steps` and a `sample` with `line`, `text` and the trained `spans`
-        in it.
 
     Raises:
         InvalidInput: See `render_dataset`; also `too_few_rows`.
@@ -158,27 +132,31 @@ def dry_run(
         check_stop=check_stop,
     )
     check_row_count(spec, len(data.rows))
-    training, validation = split_rows(len(data.rows), spec.data, spec.training.seed)
-    lengths = sorted(len(row.rendered.input_ids) for row in data.rows)
-    return {
-        "format": data.format,
-        "rows": len(data.rows),
-        "dropped": data.dropped,
-        "training_rows": len(training),
-        "validation_rows": len(validation),
-        "duplicates": data.duplicates,
-        "tokens": {
-            "total": sum(lengths),
-            "min": lengths[0],
-            "mean": round(sum(lengths) / len(lengths), 1),
-            "p50": _percentile(lengths, 0.50),
-            "p95": _percentile(lengths, 0.95),
-            "max": lengths[-1],
-        },
-        "trained_tokens": sum(row.rendered.trained_tokens for row in data.rows),
-        "steps": count_steps(len(training), spec.training),
-        "sample": _sample(data.rows[0]),
-    }
+    return build_report(spec, data)
+
+
+def examine(
+    spec: JobSpec,
+    data_path: Path,
+    format: DatasetFormat | None,  # noqa: A002
+    tokenizer: Any,
+    *,
+    context_length: int | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> DryRunReport:
+    """Return what `dry_run` does, with its errors in the report instead of raised."""
+    data = RenderedDataset(format, row_limit(spec, context_length))
+    whole: list[Finding] = []
+    try:
+        _read(data, data_path, tokenizer, spec.data, check_stop)
+        if not data.errors.count:
+            _check_rows_left(data)
+            check_row_count(spec, len(data.rows))
+    except InvalidInput as error:
+        whole.append(
+            Finding(line=error.line, field=error.field, code=error.code, message=_sentence(error))
+        )
+    return build_report(spec, data, whole)
 
 
 def row_limit(spec: JobSpec, context_length: int | None) -> int:
@@ -201,18 +179,67 @@ def check_row_count(spec: JobSpec, rows: int) -> None:
         )
 
 
-def _render_checked(example: Example, tokenizer: Any, max_length: int) -> TrainingRow:
-    rendered = render_row(example, tokenizer)
+def _read(
+    data: RenderedDataset,
+    path: Path,
+    tokenizer: Any,
+    spec: DataSpec,
+    check_stop: Callable[[], None],
+) -> None:
+    """Fill in rows and findings."""
+    known: dict[bytes, int] = {}
+    selector = RowSelector(spec)
+    data.dropped = selector.dropped
+    for parsed in parse_rows(path):
+        check_stop()
+        data.seen += 1
+        if selector.slices_off():
+            continue
+        if parsed.problem is not None:
+            data.errors.add(parsed.line, parsed.problem)
+            continue
+        if data.format is None:
+            data.format = detect_format(parsed.row, parsed.line)
+        problems = check_row(parsed.row, data.format)
+        for problem in problems:
+            data.errors.add(parsed.line, problem)
+        if problems:
+            continue
+        example = to_example(parsed.row, data.format)
+        if selector.filters_out(example):
+            continue
+        example = prepare(example, spec)
+        try:
+            rendered = render_row(example, tokenizer)
+            _check_tokens(data, rendered)
+        except InvalidInput as error:
+            if error.code == "no_chat_template":
+                raise
+            data.errors.add(parsed.line, Problem(error.code, _sentence(error), error.field))
+            continue
+        same_as = known.setdefault(_identity(example), parsed.line)
+        data.rows.append(
+            RenderedRow(parsed.line, example, rendered, None if same_as == parsed.line else same_as)
+        )
+
+
+def _check_tokens(data: RenderedDataset, rendered: TrainingRow) -> None:
     tokens = len(rendered.input_ids)
-    if tokens > max_length:
+    if tokens > data.limit_tokens:
+        data.too_long += 1
+        data.longest_tokens = max(data.longest_tokens, tokens)
         raise InvalidInput(
-            f"the row has {tokens:,} tokens and the limit is {max_length:,}",
+            f"the row has {tokens:,} tokens and the limit is {data.limit_tokens:,}",
             code="row_too_long",
             hint="Shorten it, or raise training.max_length as far as the model's context allows.",
         )
     if not rendered.trained_tokens:
         raise InvalidInput("the row has no token to learn", code="no_trained_tokens")
-    return rendered
+
+
+def _check_rows_left(data: RenderedDataset) -> None:
+    if not data.rows:
+        raise _no_rows(data.dropped)
 
 
 def _no_rows(dropped: dict[str, int]) -> InvalidInput:
@@ -236,18 +263,3 @@ def _identity(example: Example) -> bytes:
         [example.messages, example.prompt, example.completion], ensure_ascii=True, sort_keys=True
     )
     return hashlib.blake2b(content.encode("ascii"), digest_size=16).digest()
-
-
-def _percentile(ordered: list[int], share: float) -> int:
-    """Return the nearest-rank percentile."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def _sample(row: RenderedRow) -> dict[str, Any]:
-    text = row.rendered.text[:_MAX_SAMPLE_CHARACTERS]
-    spans = [
-        [span.start, min(span.end, len(text))]
-        for span in row.rendered.spans
-        if span.start < len(text)
-    ]
-    return {"line": row.line, "text": text, "spans": spans}

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from core.child import Channel, serve
 from core.data.detect import DatasetFormat
-from core.data.dry_run import dry_run
+from core.data.dry_run import dry_run, examine
 from core.data.quiet import silence_libraries
 from core.data.tokenizer import TokenizerCache, read_context_length
 from core.inference.engine import BaseModelRef
@@ -26,6 +26,8 @@ class ValidateTask(BaseModel):
     base: BaseModelRef
     data_path: Path
     data_format: DatasetFormat | None = None
+    # Tell errors in the report, instead of failing with them.
+    examine: bool = False
 
 
 class Validator:
@@ -37,7 +39,8 @@ class Validator:
     def __call__(self, task: dict[str, Any], channel: Channel) -> dict[str, Any]:
         """Return the dry run's report; see `core.data.dry_run`."""
         request = ValidateTask.model_validate(task)
-        return dry_run(
+        run = examine if request.examine else dry_run
+        report = run(
             request.spec,
             request.data_path,
             request.data_format,
@@ -45,6 +48,7 @@ class Validator:
             context_length=read_context_length(request.base.path),
             check_stop=channel.check_stop,
         )
+        return report.model_dump(mode="json")
 
 
 def main() -> None:

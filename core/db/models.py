@@ -136,6 +136,13 @@ class Job(Base):
             postgresql_where=text("finished_at IS NOT NULL"),
             sqlite_where=text("finished_at IS NOT NULL"),
         ),
+        # Dry runs, which are few: those that go on, whose end is null, and those past their time.
+        Index(
+            "ix_jobs_dry_run_finished_at",
+            "finished_at",
+            postgresql_where=text("dry_run IS true"),
+            sqlite_where=text("dry_run IS 1"),
+        ),
     )
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
@@ -159,6 +166,9 @@ class Job(Base):
     stop_requested: Mapped[str | None] = mapped_column(String(16))
     # Once true, a job that waits again waits for training.
     validated: Mapped[bool] = mapped_column(Boolean, default=False)
+    # It ends with the report of its validation; see `core.jobs.dry_runs`. Its `dataset_id` is empty
+    # and its spec holds the rows when they came inline.
+    dry_run: Mapped[bool] = mapped_column(Boolean, default=False)
 
     # What a worker must have to train it; on CUDA the same job may need less.
     required_device: Mapped[str] = mapped_column(String(16), default="any")

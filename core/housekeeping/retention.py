@@ -15,6 +15,7 @@ from core.storage import ArtifactStore
 
 _JOBS = 100
 _ROWS = 2000
+_DRY_RUN_SECONDS = 86_400.0
 
 
 def count_expired(database: Database, settings: Settings, report: Report) -> None:
@@ -40,6 +41,8 @@ def remove_expired(
 ) -> None:
     """Remove checkpoints, jobs, deliveries and keys that are past the time they are kept.
 
+    Dry runs go as well; nobody has them counted.
+
     Args:
         database: Where.
         store: Holds checkpoints.
@@ -51,6 +54,13 @@ def remove_expired(
     if settings.keep_jobs_seconds:
         _remove_jobs(database, store, settings, report, pause)
     keys_before = _ago(settings.keep_idempotency_seconds)
+    dry_runs_before = _ago(_DRY_RUN_SECONDS)
+    _in_batches(
+        database,
+        lambda rows: rows.remove_dry_runs(dry_runs_before, _ROWS),
+        lambda _: None,
+        pause,
+    )
     _in_batches(
         database,
         lambda rows: rows.remove_deliveries(settings.keep_deliveries_seconds, _ROWS),

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.errors import InvalidInput
+from core.inference.response_format import ResponseFormat
 
 ENGINE_SECRET_HEADER: Final = "x-tunesmith-engine-secret"
 
@@ -56,23 +57,52 @@ class AdapterRef(_Value):
 
 
 class SamplingParams(_Value):
-    """How tokens are chosen. `temperature=0` is greedy."""
+    """How tokens are chosen. `temperature=0` is greedy.
+
+    `core.inference.sampling` says in which order the fields apply.
+    """
 
     max_new_tokens: int = Field(128, ge=1, le=131_072)
     min_new_tokens: int = Field(0, ge=0, le=131_072)
     temperature: float = Field(0.0, ge=0, le=10, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=1_000_000, description="0 considers all tokens.")
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Rule out tokens less probable than this share of the best one; 0 is off.",
+    )
     repetition_penalty: float = Field(
-        1.0, gt=0, le=10, description="1 is none (Keskar et al., 2019)."
+        1.0,
+        gt=0,
+        le=10,
+        description="For tokens of prompt and answer; 1 is none (Keskar et al., 2019).",
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Taken from the logit of each token that the answer has."
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="The same, for every time that the answer has the token."
+    )
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=1024, description="Token id → what its logit is raised by."
     )
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
         default_factory=list, max_length=16
+    )
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list,
+        max_length=64,
+        description="Tokens that end the answer, besides the model's own end tokens.",
     )
     seed: int | None = Field(None, ge=0, lt=2**63)
     n: int = Field(1, ge=1, le=16, description="Independent answers.")
     logprobs: int | None = Field(
         None, ge=0, le=20, description="Report each token's log-probability and this many best."
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="What form the answer must have. An answer cut by a limit may not."
     )
 
 

@@ -40,7 +40,7 @@ class Answer:
         prompt_ids: The prompt, context of the first token.
         decode: Turns ids into text, special tokens left out.
         token_text: Turns one id into its own text, special or not.
-        eos_ids: Tokens that end an answer.
+        end_ids: Tokens that end the answer; their text is not shown.
         sampling: Limits and stop strings.
         max_new_tokens: The limit in force.
     """
@@ -52,7 +52,7 @@ class Answer:
         prompt_ids: Sequence[int],
         decode: Callable[[list[int]], str],
         token_text: Callable[[int], str],
-        eos_ids: Collection[int],
+        end_ids: Collection[int],
         sampling: SamplingParams,
         max_new_tokens: int,
     ) -> None:
@@ -62,7 +62,7 @@ class Answer:
         self._detokenizer = Detokenizer(decode, prompt_ids)
         self._stops = StopStrings(sampling.stop)
         self._token_text = token_text
-        self._eos_ids = eos_ids
+        self._end_ids = end_ids
         self._max_new_tokens = max_new_tokens
 
     def push(self, choice: TokenChoice) -> list[EngineEvent]:
@@ -72,7 +72,7 @@ class Answer:
         """
         self.completion_tokens += 1
         text, stopped = "", False
-        if choice.token_id in self._eos_ids:
+        if choice.token_id in self._end_ids:
             self.finish_reason = "stop"
         else:
             text, stopped = self._stops.push(self._detokenizer.push(choice.token_id))

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.data.rendering import encode_text, render_prompt
 from core.errors import InvalidInput
 from core.inference.engine import GenerateRequest, SamplingParams
 
+if TYPE_CHECKING:
+    from core.inference.grammar import GrammarCompiler, Matcher
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids of a prompt, and how many tokens may follow."""
+    """Token ids of a prompt, and what may follow.
+
+    Attributes:
+        ids: The token ids.
+        max_new_tokens: How many tokens may follow.
+        matchers: One for each answer, if the answers must have a form.
+    """
 
     ids: list[int]
     max_new_tokens: int
+    matchers: list[Matcher] = field(default_factory=list)
 
 
 class PromptEncoder:
@@ -25,33 +35,63 @@ class PromptEncoder:
     Args:
         tokenizer: The tokenizer, whose template renders messages.
         context_length: Tokens that prompt and answer may have together.
+        vocabulary: Tokens that the model knows.
+        grammars: Compiles the forms that answers must have.
     """
 
-    def __init__(self, tokenizer: Any, context_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        context_length: int,
+        vocabulary: int,
+        grammars: GrammarCompiler,
+    ) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
+        self._vocabulary = vocabulary
+        self._grammars = grammars
 
     def encode(self, request: GenerateRequest) -> EncodedPrompt:
         """Return the request's prompt as token ids.
 
         Raises:
             InvalidInput: Code `prompt_required`, `empty_prompt`, `no_chat_template`,
-                `prompt_too_long` or `context_length_exceeded`.
+                `prompt_too_long`, `context_length_exceeded`, `min_new_tokens_too_large`,
+                `unknown_token_id`, or those of `GrammarCompiler.compile`.
         """
         if (request.prompt is None) == (request.messages is None):
             raise InvalidInput(
                 "give either 'prompt' or 'messages'", code="prompt_required", field="prompt"
             )
-        field = "prompt" if request.messages is None else "messages"
-        self._check_characters(request, field)
+        source = "prompt" if request.messages is None else "messages"
+        self._check_characters(request, source)
+        sampling = request.sampling
+        self._check_ids(sampling)
         if request.messages is None:
             ids = encode_text(request.prompt or "", self._tokenizer).ids
         else:
             messages = [message.model_dump() for message in request.messages]
             ids = render_prompt(messages, self._tokenizer).ids
         if not ids:
-            raise InvalidInput("the prompt is empty", code="empty_prompt", field=field)
-        return EncodedPrompt(ids, self._fit(len(ids), request.sampling, field))
+            raise InvalidInput("the prompt is empty", code="empty_prompt", field=source)
+        matchers = self._grammars.compile(
+            sampling.response_format, stop_ids=sampling.stop_token_ids, answers=sampling.n
+        )
+        return EncodedPrompt(ids, self._fit(len(ids), sampling, source), matchers)
+
+    def _check_ids(self, sampling: SamplingParams) -> None:
+        for name, ids in (
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", list(sampling.logit_bias)),
+        ):
+            unknown = [token_id for token_id in ids if token_id >= self._vocabulary]
+            if unknown:
+                raise InvalidInput(
+                    f"the model has no token {unknown[0]}",
+                    code="unknown_token_id",
+                    field=name,
+                    hint=f"Its token ids are 0 to {self._vocabulary - 1}.",
+                )
 
     def _fit(self, prompt_tokens: int, sampling: SamplingParams, field: str) -> int:
         context = self._context_length

@@ -1,8 +1,11 @@
 """From logits to a token.
 
-Order and meaning of the steps follow `transformers`: repetition penalty, minimum length,
-temperature, top-k, top-p. Everything happens on the CPU in float32 with a generator per row, so
-that a seed means the same on every device and whatever the neighbours do.
+The steps, in this order: repetition penalty; presence and frequency penalty; logit bias; tokens
+ruled out by `response_format`; end tokens ruled out by `min_new_tokens`; temperature; top-k; top-p;
+min-p; the draw. The first and the last four are those of `transformers`, in its order.
+
+Everything happens on the CPU in float32 with a generator per row, which gives one number for each
+token that is drawn, so that a seed means the same on every device and whatever the neighbours do.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import torch
 from torch import Tensor
 
 from core.errors import TunesmithError
+from core.inference.drawing import draw, draw_from_all, find_candidates, top_k_floors
 from core.inference.engine import SamplingParams
 from core.inference.generation import TokenChoice
+from core.inference.grammar import Matcher
 
 # Dividing by less leaves nothing but the best token, and in float32 perhaps not even that.
 _GREEDY_BELOW = 1e-6
@@ -33,25 +38,20 @@ def penalise_repetition(logits: Tensor, seen_ids: Tensor, penalty: float) -> Ten
     return logits.index_put((seen_ids,), torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
-def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Rule out all but the `top_k` best tokens."""
-    if top_k >= logits.numel():
-        return logits
-    worst_kept = torch.topk(logits, top_k).values[-1]
-    return logits.masked_fill(logits < worst_kept, float("-inf"))
+def penalise_presence(
+    logits: Tensor, counts: dict[int, int], presence: float, frequency: float
+) -> Tensor:
+    """Lower the logits of tokens that the answer has, once and for each time (OpenAI).
 
-
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Rule out all but the smallest set of best tokens that has probability `top_p`.
-
-    Nucleus sampling (Holtzman et al., 2020); the best token always stays.
+    Args:
+        logits: Shape (vocabulary,).
+        counts: How often the answer has each token.
+        presence: Taken off once.
+        frequency: Taken off as often as the token occurred.
     """
-    ordered, order = torch.sort(logits, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    removed = before >= top_p
-    removed[0] = False
-    return logits.masked_fill(torch.zeros_like(removed).scatter(0, order, removed), float("-inf"))
+    ids = torch.tensor(list(counts), dtype=torch.long)
+    times = torch.tensor(list(counts.values()), dtype=logits.dtype)
+    return logits.index_add(0, ids, -(presence + frequency * times))
 
 
 def choose_tokens(
@@ -65,16 +65,30 @@ def choose_tokens(
     """
     logits = logits.to("cpu", torch.float32)
     best, ids = (values.tolist() for values in logits.max(dim=1))
+    floors = _floors(logits, samplers)
     chosen: list[TokenChoice | TunesmithError] = []
     for row, sampler in enumerate(samplers):
         if sampler.takes_the_best and math.isfinite(best[row]):
             chosen.append(sampler.accept(ids[row]))
             continue
         try:
-            chosen.append(sampler.choose(logits[row]))
+            chosen.append(sampler.choose(logits[row], floors.get(row)))
         except TunesmithError as error:
             chosen.append(error)
     return chosen
+
+
+def _floors(logits: Tensor, samplers: Sequence[RowSampler]) -> dict[int, float]:
+    """Return `top_k_floors` by row, computed at once for all rows with the same top-k."""
+    rows_of: dict[int, list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        if 0 < sampler.plain_top_k < logits.shape[1]:
+            rows_of.setdefault(sampler.plain_top_k, []).append(row)
+    floors: dict[int, float] = {}
+    for top_k, rows in rows_of.items():
+        these = logits if len(rows) == len(samplers) else logits[rows]
+        floors.update(zip(rows, top_k_floors(these, top_k).tolist(), strict=True))
+    return floors
 
 
 class RowSampler:
@@ -84,7 +98,8 @@ class RowSampler:
         sampling: How to choose.
         row: Number of the answer; answer `row` of seed `s` is answer 0 of seed `s + row`.
         prompt_ids: The prompt, which counts for the repetition penalty.
-        eos_ids: Tokens ruled out before `min_new_tokens`.
+        end_ids: Tokens that end the answer, ruled out before `min_new_tokens`.
+        matcher: Says which tokens `response_format` allows; this answer's own.
     """
 
     def __init__(
@@ -92,12 +107,24 @@ class RowSampler:
         sampling: SamplingParams,
         row: int,
         prompt_ids: Sequence[int],
-        eos_ids: Collection[int],
+        end_ids: Collection[int],
+        matcher: Matcher | None = None,
     ) -> None:
         self._sampling = sampling
-        self._eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
+        self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.long)
         self._seen = set(prompt_ids)
+        self._counts: dict[int, int] = {}
         self._chosen = 0
+        self._matcher = matcher
+        self._bias_ids = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
+        self._bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
+        self._shapes = bool(
+            sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+            or sampling.logit_bias
+            or matcher is not None
+        )
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -107,63 +134,93 @@ class RowSampler:
     @property
     def takes_the_best(self) -> bool:
         """Whether the next token is just the one with the highest logit, and nothing is asked."""
-        sampling = self._sampling
-        return (
-            sampling.temperature < _GREEDY_BELOW
-            and sampling.repetition_penalty == 1.0
-            and self._chosen >= sampling.min_new_tokens
-            and sampling.logprobs is None
-        )
+        return self._is_greedy and self._is_plain and self._sampling.logprobs is None
+
+    @property
+    def plain_top_k(self) -> int:
+        """The top-k that applies to the logits as they are; 0 if none does."""
+        return self._sampling.top_k if self._is_plain and not self._is_greedy else 0
+
+    @property
+    def _is_greedy(self) -> bool:
+        return self._sampling.temperature < _GREEDY_BELOW
+
+    @property
+    def _is_plain(self) -> bool:
+        return not self._shapes and self._chosen >= self._sampling.min_new_tokens
 
     def accept(self, token_id: int) -> TokenChoice:
         """Note a token that was chosen elsewhere."""
         self._seen.add(token_id)
+        self._counts[token_id] = self._counts.get(token_id, 0) + 1
         self._chosen += 1
+        if self._matcher is not None:
+            self._matcher.accept(token_id)
         return TokenChoice(token_id)
 
-    def choose(self, raw: Tensor) -> TokenChoice:
+    def choose(self, raw: Tensor, floor: float | None = None) -> TokenChoice:
         """Choose the next token.
 
         Args:
             raw: Logits of shape (vocabulary,), left unchanged.
+            floor: The row's value of `top_k_floors` for `plain_top_k`, if it is known.
 
         Raises:
-            TunesmithError: Code `logits_not_finite`.
+            TunesmithError: Code `logits_not_finite`, or those of `Matcher.allowed`.
         """
         raw = raw.to("cpu", torch.float32)
         if not torch.isfinite(raw.max()):
             raise TunesmithError(
                 "the model computed values that are not numbers", code="logits_not_finite"
             )
-        token_id = self._pick(self._shape(raw))
-        choice = self.accept(token_id)
+        shaped = raw if self._is_plain else self._shape(raw)
+        choice = self.accept(self._pick(shaped, floor))
         if self._sampling.logprobs is None:
             return choice
         logprobs = raw.log_softmax(dim=-1)
         best = torch.topk(logprobs, min(self._sampling.logprobs, logprobs.numel()))
         return TokenChoice(
-            token_id,
-            float(logprobs[token_id]),
+            choice.token_id,
+            float(logprobs[choice.token_id]),
             list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
         )
 
     def _shape(self, logits: Tensor) -> Tensor:
-        if self._sampling.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(self._seen), dtype=torch.long)
-            logits = penalise_repetition(logits, seen, self._sampling.repetition_penalty)
-        if self._chosen < self._sampling.min_new_tokens:
-            logits = logits.index_fill(0, self._eos_ids, float("-inf"))
+        sampling = self._sampling
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.tensor(list(self._seen), dtype=torch.long)
+            logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+        if self._counts and (sampling.presence_penalty or sampling.frequency_penalty):
+            logits = penalise_presence(
+                logits, self._counts, sampling.presence_penalty, sampling.frequency_penalty
+            )
+        if sampling.logit_bias:
+            logits = logits.index_add(0, self._bias_ids, self._bias)
+        if self._matcher is not None:
+            logits = self._matcher.allow_only(logits)
+        if self._chosen < sampling.min_new_tokens:
+            waiting = logits.index_fill(0, self._end_ids, float("-inf"))
+            # What is complete and cannot go on ends, however short it is.
+            logits = waiting if self._matcher is None or _possible(waiting) else logits
         return logits
 
-    def _pick(self, logits: Tensor) -> int:
+    def _pick(self, logits: Tensor, floor: float | None) -> int:
         sampling = self._sampling
-        if sampling.temperature < _GREEDY_BELOW:
+        if self._is_greedy:
             return int(logits.argmax())
-        # Relative to the best, so that a small temperature cannot overflow.
-        logits = (logits - logits.max()) / sampling.temperature
-        if sampling.top_k:
-            logits = keep_top_k(logits, sampling.top_k)
-        if sampling.top_p < 1:
-            logits = keep_top_p(logits, sampling.top_p)
-        drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=self._generator)
-        return int(drawn)
+        uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
+            return draw_from_all(logits, sampling.temperature, uniform)
+        candidates = find_candidates(
+            logits,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            floor=floor,
+        )
+        return draw(candidates, uniform)
+
+
+def _possible(logits: Tensor) -> bool:
+    return bool(logits.max() > float("-inf"))

@@ -107,13 +107,13 @@ class Work:
             Line(
                 work=self,
                 row=first,
-                sampler=base.sampler(sampling, index, prompt.ids),
+                sampler=base.sampler(sampling, index, prompt),
                 answer=Answer(
                     index,
                     prompt_ids=prompt.ids,
                     decode=base.decode,
                     token_text=base.token_text,
-                    eos_ids=base.eos_ids,
+                    end_ids=base.end_ids(sampling),
                     sampling=sampling,
                     max_new_tokens=prompt.max_new_tokens,
                 ),

@@ -16,6 +16,7 @@ from core.jobs.checkpoints import (
     reject_checkpoint,
 )
 from core.jobs.control import cancel, delete, pause, resume, retry, set_priority
+from core.jobs.dry_runs import get_dry_run, start_dry_run, validation_done, without_rows
 from core.jobs.leases import (
     Claim,
     cancelled,
@@ -64,6 +65,7 @@ __all__ = [
     "fail",
     "forget_worker",
     "get",
+    "get_dry_run",
     "heartbeat",
     "held_attempts",
     "list_jobs",
@@ -78,8 +80,11 @@ __all__ = [
     "resume",
     "retry",
     "set_priority",
+    "start_dry_run",
     "submit",
     "succeed",
     "sweep",
     "validated",
+    "validation_done",
+    "without_rows",
 ]

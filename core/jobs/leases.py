@@ -44,6 +44,8 @@ class Claim:
 
     Attributes:
         stage: `validate` is the dry run, `train` the training.
+        dataset_sha256: Empty in a dry run whose spec has the rows inline; so is the format.
+        dry_run: The job ends with its validation; see `core.jobs.dry_runs`.
         stop_requested: What the owner has asked for already: `cancel` or `pause`.
         memory_rung: Where on the memory ladder this attempt begins.
         used_seconds: How long earlier attempts have worked.
@@ -59,6 +61,7 @@ class Claim:
     dataset_sha256: str
     dataset_format: str
     adapter_name: str
+    dry_run: bool = False
     stop_requested: str | None = None
     memory_rung: int = 0
     used_seconds: float = 0.0
@@ -148,7 +151,7 @@ def record(
     for update in updates:
         match update:
             case EventUpdate():
-                events.append((update.type, _storable(update.data)))
+                events.append((update.type, storable(update.data)))
             case ProgressUpdate():
                 progress |= _given(update)
             case MetricUpdate():
@@ -165,7 +168,7 @@ def record(
         HistoryRepository(session).merge_metrics(
             [
                 {"job_id": claim.job_id, "attempt": claim.attempt, "created_at": created_at}
-                | _storable(asdict(metric))
+                | storable(asdict(metric))
                 for metric in measured.values()
             ]
         )
@@ -186,7 +189,7 @@ def validated(database: Database, claim: Claim, worker_id: str, report: dict[str
             claim.attempt,
             claim.stage,
             "queued",
-            ("validated", _storable(report)),
+            ("validated", storable(report)),
             validated=True,
         )
 
@@ -212,7 +215,7 @@ def fail(database: Database, claim: Claim, worker_id: str, error: dict[str, Any]
     Raises:
         LeaseLost: The worker holds that attempt no longer.
     """
-    shown = _storable({name: value for name, value in error.items() if name != "kind"})
+    shown = storable({name: value for name, value in error.items() if name != "kind"})
     with database.session(write=True) as session:
         ClaimRepository(session, worker_id).end(
             claim.job_id, claim.attempt, claim.stage, "failed", _failure(shown), error=shown
@@ -270,7 +273,7 @@ def succeed(
             bytes=bytes,
             origin="job",
             job_id=claim.job_id,
-            provenance=_storable(provenance),
+            provenance=storable(provenance),
             store=store,
         )
         published = {
@@ -285,7 +288,7 @@ def succeed(
             "succeeded",
             ("succeeded", published),
             version_id=version.id,
-            report=_storable(report),
+            report=storable(report),
         )
         failpoints.reached("publish.commit", job_id=claim.job_id, attempt=claim.attempt)
     failpoints.reached("publish.committed", job_id=claim.job_id, attempt=claim.attempt)
@@ -294,8 +297,9 @@ def succeed(
 def _open(session: Session, job: Job, stage: Stage) -> Claim | dict[str, Any]:
     dataset = find_by_id(session, job.dataset_id)
     base = BaseModelRepository(session).find(job.base_model)
-    if dataset is None or base is None:
-        missing = "data set" if dataset is None else "base model"
+    without_rows = dataset is None and bool(job.dataset_id)
+    if without_rows or base is None:
+        missing = "data set" if without_rows else "base model"
         error = TunesmithError(f"the job's {missing} is gone", code="input_missing")
         return error.as_dict()
     try:
@@ -309,9 +313,10 @@ def _open(session: Session, job: Job, stage: Stage) -> Claim | dict[str, Any]:
         stage=stage,
         spec=spec,
         base=to_ref(base),
-        dataset_sha256=dataset.sha256,
-        dataset_format=dataset.format,
+        dataset_sha256=dataset.sha256 if dataset else "",
+        dataset_format=dataset.format if dataset else "",
         adapter_name=job.adapter_name,
+        dry_run=job.dry_run,
         stop_requested=job.stop_requested,
         memory_rung=job.memory_rung,
         used_seconds=job.used_seconds,
@@ -327,7 +332,7 @@ def _given(update: MetricUpdate | ProgressUpdate) -> dict[str, Any]:
     return {name: value for name, value in asdict(update).items() if value is not None}
 
 
-def _storable(data: dict[str, Any]) -> dict[str, Any]:
+def storable(data: dict[str, Any]) -> dict[str, Any]:
     """Return `data` as a database takes JSON: NaN and infinities, which JSON has not, are null."""
     plain: dict[str, Any] = json.loads(json.dumps(data), parse_constant=lambda _: None)
     return plain

@@ -2,7 +2,8 @@
 
 It keeps a job from a machine that cannot hold it, which would end in the kernel killing processes
 there. It is made from the base model's description before any row is read, so it counts one short
-row per forward pass: the memory ladder brings a larger batch down to that by itself.
+row per forward pass: the memory ladder brings a larger batch down to that by itself. A dry run,
+which has read the rows, asks the same function about the batch it would be.
 """
 
 from __future__ import annotations
@@ -44,22 +45,33 @@ def estimate(spec: JobSpec, description: Mapping[str, Any]) -> Requirements:
         spec: The job.
         description: What inspection found of its base model; what is missing counts nothing.
     """
+    # Of one short row per forward pass.
+    tokens = min(
+        spec.training.max_length, description.get("context_length", _MOST_TOKENS), _MOST_TOKENS
+    )
     return Requirements(
         device=spec.resources.device,
-        memory_bytes=_memory_bytes(spec, description, on_cuda=False),
-        cuda_memory_bytes=_memory_bytes(spec, description, on_cuda=True),
+        memory_bytes=memory_bytes(spec, description, on_cuda=False, tokens=tokens),
+        cuda_memory_bytes=memory_bytes(spec, description, on_cuda=True, tokens=tokens),
     )
 
 
-def _memory_bytes(spec: JobSpec, description: Mapping[str, Any], *, on_cuda: bool) -> int:
+def memory_bytes(
+    spec: JobSpec, description: Mapping[str, Any], *, on_cuda: bool, tokens: int
+) -> int:
+    """Return the memory of weights, trained parameters with their optimizer, and activations.
+
+    Args:
+        spec: The job.
+        description: What inspection found of its base model.
+        on_cuda: Where `auto` means half precision.
+        tokens: In one forward pass.
+    """
     half = spec.training.dtype == "bf16" or (spec.training.dtype == "auto" and on_cuda)
     weight_bytes = _HALF_BYTES if half else _FLOAT_BYTES
     shapes: Mapping[str, list[int]] = description.get("linear_modules", {})
     adapted = [shapes[name] for name in resolve_targets(spec.lora, shapes)]
     trained = sum(spec.lora.r * (rows + columns) for rows, columns in adapted)
-    tokens: int = min(
-        spec.training.max_length, description.get("context_length", _MOST_TOKENS), _MOST_TOKENS
-    )
     outputs = sum(rows for rows, _ in shapes.values())
     logits: int = description.get("vocab_size", 0)
     return (

@@ -133,7 +133,7 @@ def submit(
 
     if (same := known_job()) is not None:
         return same, False
-    base = _base_model(session, spec.base_model)
+    base = find_base_model(session, spec.base_model)
     needed = requirements.estimate(spec, base.description)
     try:
         quotas.check_queue(session, principal, settings)
@@ -145,7 +145,7 @@ def submit(
     if inline is not None:
         dataset = _add_inline(session, principal, settings, store, inline)
     else:
-        dataset = _dataset(session, principal, spec.dataset or "")
+        dataset = find_dataset(session, principal, spec.dataset or "")
     job = _new_job(principal, spec, dataset, needed)
     if idempotency_key is None:
         jobs.add(job)
@@ -225,7 +225,12 @@ def _default_adapter_name(base_model: str, job_id: str) -> str:
     return f"{stem}-{job_id[-_JOB_SUFFIX:]}"
 
 
-def _base_model(session: Session, name: str) -> BaseModel:
+def find_base_model(session: Session, name: str) -> BaseModel:
+    """Return the base model of a spec, kept until the transaction ends.
+
+    Raises:
+        InvalidInput: Code `unknown_base_model`.
+    """
     models = BaseModelRepository(session)
     model = models.find(name, keep=True)
     if model is None:
@@ -241,7 +246,12 @@ def _base_model(session: Session, name: str) -> BaseModel:
     return model
 
 
-def _dataset(session: Session, principal: Principal, dataset_id: str) -> Dataset:
+def find_dataset(session: Session, principal: Principal, dataset_id: str) -> Dataset:
+    """Return the data set of a spec, kept until the transaction ends.
+
+    Raises:
+        InvalidInput: Code `unknown_dataset`.
+    """
     dataset = DatasetRepository(session, principal).find(dataset_id, keep=True)
     if dataset is None:
         raise InvalidInput(

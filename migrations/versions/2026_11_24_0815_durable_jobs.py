@@ -89,6 +89,9 @@ def _upgrade_jobs() -> None:
             sa.Column("validated", sa.Boolean(), nullable=False, server_default=sa.false())
         )
         table.add_column(
+            sa.Column("dry_run", sa.Boolean(), nullable=False, server_default=sa.false())
+        )
+        table.add_column(
             sa.Column("required_device", sa.String(length=16), nullable=False, server_default="any")
         )
         table.add_column(
@@ -112,6 +115,7 @@ def _upgrade_jobs() -> None:
         for name in (
             "queue_rank",
             "validated",
+            "dry_run",
             "required_device",
             "required_memory_bytes",
             "required_cuda_memory_bytes",
@@ -143,6 +147,13 @@ def _upgrade_jobs() -> None:
         ["finished_at"],
         postgresql_where=sa.text("finished_at IS NOT NULL"),
         sqlite_where=sa.text("finished_at IS NOT NULL"),
+    )
+    op.create_index(
+        "ix_jobs_dry_run_finished_at",
+        "jobs",
+        ["finished_at"],
+        postgresql_where=sa.text("dry_run IS true"),
+        sqlite_where=sa.text("dry_run IS 1"),
     )
     for name in ("job_id", "created_at"):
         op.create_index(f"ix_idempotency_keys_{name}", "idempotency_keys", [name])
@@ -213,6 +224,10 @@ def downgrade() -> None:
 
     for name in ("job_id", "created_at"):
         op.drop_index(f"ix_idempotency_keys_{name}", table_name="idempotency_keys")
+    # There are no dry runs in the older schema, where they would become jobs.
+    op.execute("DELETE FROM job_events WHERE job_id IN (SELECT id FROM jobs WHERE dry_run)")
+    op.execute("DELETE FROM jobs WHERE dry_run")
+    op.drop_index("ix_jobs_dry_run_finished_at", table_name="jobs")
     op.drop_index("ix_jobs_finished_at", table_name="jobs")
     op.drop_index("ix_jobs_worker_id", table_name="jobs")
     op.create_index("ix_jobs_status_lease_expires_epoch", "jobs", ["status", "lease_expires_epoch"])
@@ -237,6 +252,7 @@ def downgrade() -> None:
             "required_cuda_memory_bytes",
             "required_memory_bytes",
             "required_device",
+            "dry_run",
             "validated",
             "stop_requested",
             "queue_rank",

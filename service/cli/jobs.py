@@ -8,14 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from core.errors import InvalidInput
-from service.cli import job_control, job_history
+from core.errors import InvalidInput, TunesmithError
+from service.cli import job_control, job_history, job_validation
 from service.cli.client import DEFAULT_URL, Key, Limit, ServiceClient, Url, connect
 from service.cli.files import read_json
 from service.cli.follow import check_succeeded, describe_stage, follow_job
 from service.cli.job_control import Id
 from service.cli.output import (
     Json,
+    note,
     print_json,
     print_members,
     print_table,
@@ -30,27 +31,28 @@ Wait = Annotated[
 Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Like --wait, with live progress on a terminal.")
 ]
+SpecFile = Annotated[Path, typer.Argument(help="JobSpec as JSON; `-` reads stdin.")]
+DatasetId = Annotated[str | None, typer.Option(help="Id of the data set to train on.")]
+Upload = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="File to upload and train on instead."),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change a field, such as training.epochs=2; may be given several times.",
+    ),
+]
 
 
 @app.command("submit")
 def submit(
-    file: Annotated[
-        Path,
-        typer.Argument(help="JobSpec as JSON; `-` reads stdin."),
-    ],
-    dataset: Annotated[str | None, typer.Option(help="Id of the data set to train on.")] = None,
-    upload: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="File to upload and train on instead."),
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="PATH=VALUE",
-            help="Change a field, such as training.epochs=2; may be given several times.",
-        ),
-    ] = None,
+    file: SpecFile,
+    dataset: DatasetId = None,
+    upload: Upload = None,
+    assignments: Assignments = None,
     idempotency_key: Annotated[
         str | None,
         typer.Option("--idempotency-key", help="The same key and spec never make a second job."),
@@ -62,13 +64,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Submit a job and print its id."""
-    if dataset is not None and upload is not None:
-        raise typer.BadParameter("give either --dataset or --upload")
-    spec = read_spec(file)
-    if dataset is not None:
-        spec["dataset"] = dataset
-    for assignment in assignments or []:
-        assign(spec, assignment)
+    spec = _complete_spec(file, dataset, upload, assignments)
     headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
     with connect(url, key) as service:
         if upload is not None:
@@ -82,6 +78,41 @@ def submit(
             print_json(job)
         else:
             typer.echo(job["id"])
+
+
+@app.command("validate")
+def validate(
+    file: SpecFile,
+    dataset: DatasetId = None,
+    upload: Upload = None,
+    assignments: Assignments = None,
+    url: Url = DEFAULT_URL,
+    key: Key = "",
+    as_json: Json = False,
+) -> None:
+    """Check a spec and all its rows without training; exit 1 if a job would be refused.
+
+    An uploaded file stays as a data set.
+    """
+    spec = _complete_spec(file, dataset, upload, assignments)
+    with connect(url, key) as service:
+        if upload is not None:
+            spec["dataset"] = service.upload("/datasets", upload)["id"]
+            note(f"data set {spec['dataset']}")
+        found = job_validation.validate(service, spec)
+    if as_json:
+        print_json(found)
+    elif found["report"] is not None:
+        job_validation.print_validation(found)
+    if found["report"] is None:
+        error = found["error"] or {}
+        raise TunesmithError(
+            error.get("message", "there is no report"),
+            code=error.get("code", "failed"),
+            hint=error.get("hint"),
+        )
+    if not found["valid"]:
+        raise typer.Exit(1)
 
 
 @app.command("list")
@@ -132,6 +163,19 @@ def show(
             return
         job = service.call("GET", f"/jobs/{job_id}")
     print_json(job) if as_json else _print_job(job)
+
+
+def _complete_spec(
+    file: Path, dataset: str | None, upload: Path | None, assignments: list[str] | None
+) -> dict[str, Any]:
+    if dataset is not None and upload is not None:
+        raise typer.BadParameter("give either --dataset or --upload")
+    spec = read_spec(file)
+    if dataset is not None:
+        spec["dataset"] = dataset
+    for assignment in assignments or []:
+        assign(spec, assignment)
+    return spec
 
 
 def read_spec(path: Path) -> dict[str, Any]:

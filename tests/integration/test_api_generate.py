@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from core.errors import Unavailable
+from core.inference.engine import SamplingParams
 from tests.support.api import Api, adapter_files, build_api, live_server, pack, running_api
 from tests.support.polling import wait_until
 
@@ -73,15 +74,26 @@ def test_sampling_fields_reach_the_engine(api: Api) -> None:
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 5,
+        "min_p": 0.1,
         "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
         "stop": ["x"],
+        "stop_token_ids": [7],
         "seed": 7,
         "n": 2,
         "logprobs": 1,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"schema": {"a": 1}, "name": "n", "description": "d", "strict": True},
+        },
     }
-    body = {"prompt": "a b c", "base_model": "tiny", **sampling}
+    body = {"prompt": "a b c", "base_model": "tiny", "logit_bias": {"5": -100}, **sampling}
     answer = api.client.post("/generate", json=body).json()
-    assert api.engine.requests[-1].sampling.model_dump() == sampling
+    sent = api.engine.requests[-1].sampling
+    assert sent.model_dump() == {**sampling, "logit_bias": {5: -100.0}}
+    # What one process writes another one reads.
+    assert SamplingParams.model_validate_json(sent.model_dump_json(exclude_unset=True)) == sent
     assert [choice["text"] for choice in answer["choices"]] == ["base a", "base a"]
     assert answer["finish_reason"] == "length"
     assert answer["choices"][1]["logprobs"][0] == {

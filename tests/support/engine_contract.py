@@ -7,6 +7,8 @@ and two waiting requests.
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -234,6 +236,110 @@ class EngineContract:
                 assert answer.logprobs[index][-1].token == "<|im_end|>"
                 assert "<|im_end|>" not in answer.texts[index]
 
+    def test_a_stop_token_ends_the_answer_and_does_not_show(
+        self, harness: Harness, world: World
+    ) -> None:
+        whole = harness.run(
+            lambda engine: collect(
+                engine, make_request(world.base, world.a, max_new_tokens=20, logprobs=0)
+            )
+        )
+        stop = whole.token_ids[8]
+        until = whole.token_ids.index(stop)
+        request = make_request(
+            world.base, world.a, max_new_tokens=20, logprobs=0, stop_token_ids=[stop]
+        )
+        answer = harness.run(lambda engine: collect(engine, request))
+        assert answer.token_ids == whole.token_ids[: until + 1]
+        assert answer.finished[0].finish_reason == "stop"
+        assert whole.text.startswith(answer.text)
+        assert answer.text != whole.text
+
+    # What may be chosen.
+
+    def test_bias_and_penalties_reach_the_logits(self, harness: Harness, world: World) -> None:
+        async def scenario(engine: Engine) -> list[list[int]]:
+            return [
+                (
+                    await collect(
+                        engine, make_request(world.base, max_new_tokens=6, logprobs=0, **sampling)
+                    )
+                ).token_ids
+                for sampling in (
+                    {"logit_bias": {40: 100.0}},
+                    {"logit_bias": {40: 100.0}, "temperature": 1.0, "min_p": 0.5, "seed": 3},
+                    {"logit_bias": {40: 2.0, 41: 1.0}, "presence_penalty": 2.0},
+                )
+            ]
+
+        forced, drawn, _ = harness.run(scenario)
+        assert forced == drawn == [40] * 6
+
+    def test_answers_have_the_form_that_was_asked_for(self, harness: Harness, world: World) -> None:
+        schema = {
+            "type": "object",
+            "properties": {"size": {"enum": ["S", "M", "L"]}, "fits": {"type": "boolean"}},
+            "required": ["size", "fits"],
+            "additionalProperties": False,
+        }
+        json_schema = {"type": "json_schema", "json_schema": {"schema": schema}}
+        pattern = {"type": "regex", "regex": "(yes|no), [a-c]{3}!"}
+        plain = make_request(world.base, world.a, max_new_tokens=20)
+        formed = make_request(
+            world.base, world.b, n=3, temperature=1.0, seed=4, max_new_tokens=200,
+            logit_bias=dict.fromkeys(_spaces(world), -30.0), response_format=json_schema,
+        )  # fmt: skip
+        matched = make_request(world.base, max_new_tokens=60, response_format=pattern)
+
+        async def scenario(engine: Engine) -> tuple[str, list[Collected]]:
+            alone = (await collect(engine, plain)).text
+            return alone, await asyncio.gather(
+                *(collect(engine, r) for r in (plain, formed, matched))
+            )
+
+        alone, (beside, several, one) = harness.run(scenario)
+        assert beside.text == alone
+        for text in several.texts.values():
+            answer = json.loads(text)
+            assert set(answer) == {"size", "fits"}
+            assert answer["size"] in {"S", "M", "L"}
+            assert isinstance(answer["fits"], bool)
+        assert re.fullmatch(pattern["regex"], one.text)
+        for finished in (*several.finished.values(), *one.finished.values()):
+            assert finished.finish_reason == "stop"
+
+    def test_an_answer_that_reaches_its_limit_may_be_incomplete(
+        self, harness: Harness, world: World
+    ) -> None:
+        request = make_request(
+            world.base, max_new_tokens=1, response_format={"type": "json_object"}
+        )
+        answer = harness.run(lambda engine: collect(engine, request))
+        assert (answer.text, answer.finished[0].finish_reason) == ("{", "length")
+
+    @pytest.mark.parametrize(
+        ("sampling", "code", "field"),
+        [
+            ({"stop_token_ids": [0, 384]}, "unknown_token_id", "stop_token_ids"),
+            ({"logit_bias": {384: 1.0}}, "unknown_token_id", "logit_bias"),
+            (
+                {"response_format": {"type": "regex", "regex": "("}},
+                "invalid_grammar",
+                "response_format.regex",
+            ),
+            (
+                {"response_format": {"type": "json_schema", "json_schema": {"schema": {"if": 1}}}},
+                "invalid_grammar",
+                "response_format.json_schema.schema",
+            ),
+        ],
+    )
+    def test_what_cannot_be_honoured_is_refused(
+        self, harness: Harness, world: World, sampling: dict[str, Any], code: str, field: str
+    ) -> None:
+        refused = self._refused(harness, make_request(world.base, **sampling))
+        assert (type(refused), refused.code, refused.field) == (InvalidInput, code, field)
+
     # Refusals.
 
     def test_a_prompt_that_leaves_no_room_is_refused_with_numbers(
@@ -439,6 +545,11 @@ class EngineContract:
             return refused.value
 
         return harness.run(scenario)
+
+
+def _spaces(world: World) -> list[int]:
+    tokenizer = load_tokenizer(world.base.path)
+    return [id_ for id_ in range(384) if not tokenizer.decode([id_]).strip()]
 
 
 async def _is_running(engine: Engine, running: int) -> bool:

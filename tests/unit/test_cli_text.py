@@ -40,8 +40,8 @@ COMMANDS = [
     ["keys", "create"], ["keys", "list"], ["keys", "revoke"],
     ["models", "add"], ["models", "list"], ["models", "show"], ["models", "rm"],
     ["datasets", "upload"], ["datasets", "list"], ["datasets", "show"], ["datasets", "rm"],
-    ["jobs", "submit"], ["jobs", "list"], ["jobs", "show"], ["jobs", "events"],
-    ["jobs", "metrics"], ["jobs", "report"], ["jobs", "cancel"], ["jobs", "rm"],
+    ["jobs", "submit"], ["jobs", "validate"], ["jobs", "list"], ["jobs", "show"],
+    ["jobs", "events"], ["jobs", "metrics"], ["jobs", "report"], ["jobs", "cancel"], ["jobs", "rm"],
     ["adapters", "list"], ["adapters", "show"], ["adapters", "download"],
     ["adapters", "import"], ["adapters", "alias"], ["adapters", "rm"],
 ]  # fmt: skip

@@ -102,7 +102,7 @@ def make_answer(**sampling: Any) -> Answer:
         prompt_ids=[],
         decode=_decode,
         token_text=lambda token_id: _TOKENIZER.decode([token_id]),
-        eos_ids={EOS},
+        end_ids={EOS},
         sampling=params,
         max_new_tokens=params.max_new_tokens,
     )

@@ -1,42 +1,165 @@
+"""From logits to a token: each step against its reference, and rows that ignore neighbours."""
+
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from core.errors import TunesmithError
+from core.inference.drawing import Candidates, draw, draw_from_all, find_candidates, top_k_floors
 from core.inference.engine import SamplingParams
-from core.inference.sampling import RowSampler, keep_top_k, keep_top_p, penalise_repetition
+from core.inference.generation import TokenChoice
+from core.inference.sampling import (
+    RowSampler,
+    choose_tokens,
+    penalise_presence,
+    penalise_repetition,
+)
 
 VOCABULARY = 50
 
 
-def logits(seed: int) -> torch.Tensor:
-    return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+def logits(seed: int, size: int = VOCABULARY) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
 def sampler(
-    row: int = 0, prompt: tuple[int, ...] = (), eos: tuple[int, ...] = (), **params: object
-):
-    return RowSampler(SamplingParams(**params), row, prompt, eos)
+    row: int = 0, prompt: tuple[int, ...] = (), ends: tuple[int, ...] = (), **params: Any
+) -> RowSampler:
+    return RowSampler(SamplingParams(**params), row, prompt, ends)
 
 
-@given(st.integers(0, 10_000), st.integers(1, VOCABULARY + 5))
-def test_top_k_is_that_of_transformers(seed: int, top_k: int) -> None:
-    raw = logits(seed)
-    assert torch.equal(keep_top_k(raw, top_k), TopKLogitsWarper(top_k)(None, raw[None])[0])
+def choose_ids(chooser: RowSampler, raw: torch.Tensor, count: int) -> list[int]:
+    return [chooser.choose(raw).token_id for _ in range(count)]
 
 
-@given(st.integers(0, 10_000), st.floats(0.01, 0.99))
-def test_top_p_is_that_of_transformers(seed: int, top_p: float) -> None:
-    raw = logits(seed)
-    assert torch.equal(keep_top_p(raw, top_p), TopPLogitsWarper(top_p)(None, raw[None])[0])
+# The distribution.
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.sampled_from([1, 2, 50, 128, 129, 1000, 5000]),
+    spread=st.sampled_from([0.01, 1.0, 5.0]),
+    temperature=st.floats(0.05, 5),
+    top_k=st.sampled_from([0, 1, 2, 7, 40, 300, 6000]),
+    top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.001]),
+    min_p=st.sampled_from([0.0, 1e-3, 0.1, 0.9, 1.0]),
+    ruled_out=st.sampled_from([0.0, 0.5, 0.99]),
+)
+def test_what_may_be_drawn_is_what_transformers_leaves(
+    seed: int,
+    size: int,
+    spread: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    ruled_out: float,
+) -> None:
+    raw = logits(seed, size) * spread
+    others = torch.rand(size, generator=torch.Generator().manual_seed(seed + 1)) < ruled_out
+    others[raw.argmax()] = False
+    raw = raw.masked_fill(others, float("-inf"))
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
+    # In float64, since transformers' own sums in float32 move the edge of a wide nucleus.
+    expected = warpers(None, raw[None].double())[0].softmax(dim=-1)
+
+    found = find_candidates(raw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    weights = torch.zeros(size, dtype=torch.float64).index_add(0, found.ids, found.weights)
+    probabilities = weights / weights.sum()
+    assert len(set(found.ids.tolist())) == found.ids.numel()
+    differing = ((probabilities > 0) != (expected > 0)).nonzero().flatten().tolist()
+    assert len(differing) <= 1, "more than the token on the edge of the nucleus"
+    for token_id in differing:
+        nucleus = expected.masked_fill(raw < raw[token_id], 0).sum()
+        assert min_p or top_p < 1, nucleus
+        assert _is_on_the_edge(raw, token_id, temperature, top_k, top_p, min_p)
+    if not differing:
+        assert torch.allclose(probabilities, expected, atol=1e-6)
+
+
+def _is_on_the_edge(
+    raw: torch.Tensor, token_id: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> bool:
+    """Whether rounding alone decides if the token stays."""
+    kept = raw.double() / temperature
+    if top_k:
+        kept = TopKLogitsWarper(top_k)(None, kept[None])[0]
+    probabilities = kept.softmax(dim=-1)
+    own = probabilities[token_id]
+    before = probabilities[raw > raw[token_id]].sum()
+    return bool(
+        abs(before - top_p) < 1e-6
+        or abs(own / probabilities.max() - min_p) < 1e-6 * max(min_p, own)
+    )
+
+
+def test_ties_with_the_last_of_the_best_stay() -> None:
+    raw = torch.zeros(400)
+    raw[7] = 1.0
+    assert find_candidates(raw, temperature=1.0, top_k=5).ids.numel() == 400
+    assert find_candidates(raw, temperature=1.0, top_k=1).ids.tolist() == [7]
+
+
+@given(st.integers(0, 1000), st.integers(1, 300), st.sampled_from([300, 1000, 2000]))
+def test_at_least_top_k_tokens_reach_the_floor(seed: int, top_k: int, size: int) -> None:
+    raw = torch.stack([logits(seed, size), logits(seed + 1, size)])
+    floors = top_k_floors(raw, min(top_k, size - 1))
+    assert bool(((raw >= floors[:, None]).sum(dim=1) >= min(top_k, size - 1)).all())
+    assert torch.equal(top_k_floors(raw[1:], min(top_k, size - 1)), floors[1:])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("size", [5, 128, 300])
+def test_points_are_spread_over_the_tokens_by_their_probability(
+    temperature: float, size: int
+) -> None:
+    raw = logits(3, size)
+    raw[1] = float("-inf")
+    probabilities = (raw.double() / temperature).softmax(dim=-1)
+    points = [(i + 0.5) / 4000 for i in range(4000)]
+    candidates = find_candidates(raw, temperature=temperature, top_p=0.999999)
+    for drawn in (
+        [draw_from_all(raw, temperature, point) for point in points],
+        [draw(candidates, point) for point in points],
+    ):
+        counts = torch.bincount(torch.tensor(drawn), minlength=size)
+        assert float((counts / 4000 - probabilities).abs().max()) < 2 / 4000
+    assert draw_from_all(raw, temperature, math.nextafter(1, 0)) != 1
+
+
+def test_a_token_without_weight_is_never_drawn() -> None:
+    some = Candidates(torch.tensor([4, 5, 6]), torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
+    assert {draw(some, point) for point in (0.0, 0.5, math.nextafter(1, 0))} == {5}
+
+
+def test_temperature_zero_takes_the_best_and_a_tiny_one_too() -> None:
+    raw = logits(1)
+    for temperature in (0.0, 1e-320, 1e-9, 1e-5):
+        assert sampler(temperature=temperature).choose(raw).token_id == int(raw.argmax())
+
+
+# Penalties, bias and limits.
 
 
 @given(st.integers(0, 10_000), st.sets(st.integers(0, VOCABULARY - 1)), st.floats(0.5, 3))
@@ -49,32 +172,57 @@ def test_repetition_penalty_is_that_of_transformers(
     assert torch.equal(penalise_repetition(raw, ids, penalty), expected)
 
 
-def test_temperature_zero_takes_the_best_and_a_tiny_one_too() -> None:
-    raw = logits(1)
-    for temperature in (0.0, 1e-320, 1e-9, 1e-5):
-        assert sampler(temperature=temperature).choose(raw).token_id == int(raw.argmax())
-
-
 def test_the_repetition_penalty_counts_prompt_and_answer() -> None:
     raw = torch.zeros(VOCABULARY)
     raw[7], raw[8], raw[9] = 3.0, 2.5, 2.0
-    row = sampler(prompt=(7,), repetition_penalty=2.0)
-    assert [row.choose(raw).token_id for _ in range(2)] == [8, 9]
+    assert choose_ids(sampler(prompt=(7,), repetition_penalty=2.0), raw, 2) == [8, 9]
+
+
+@given(st.lists(st.integers(0, VOCABULARY - 1), max_size=12), st.floats(-2, 2), st.floats(-2, 2))
+def test_presence_and_frequency_are_taken_off_as_openai_documents(
+    answer: list[int], presence: float, frequency: float
+) -> None:
+    raw = logits(6)
+    counts = {token_id: answer.count(token_id) for token_id in answer}
+    expected = [
+        logit - answer.count(token_id) * frequency - (presence if token_id in answer else 0)
+        for token_id, logit in enumerate(raw.tolist())
+    ]
+    shaped = penalise_presence(raw, counts, presence, frequency)
+    assert shaped.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    raw = torch.zeros(VOCABULARY)
+    raw[7], raw[8] = 3.0, 1.5
+    assert choose_ids(sampler(prompt=(7, 7), presence_penalty=2.0), raw, 4) == [7, 8, 7, 7]
+    # 3.0 falls by one each time: 2.0 is better than 1.5, 1.0 is not, then 0.5 against 1.0.
+    assert choose_ids(sampler(prompt=(7, 7), frequency_penalty=1.0), raw, 4) == [7, 7, 8, 7]
+
+
+def test_a_bias_is_added_after_the_penalties() -> None:
+    raw = logits(8)
+    best, second = torch.topk(raw, 2).indices.tolist()
+    assert choose_ids(sampler(logit_bias={best: -100}), raw, 2) == [second, second]
+    worst = int(raw.argmin())
+    penalised = sampler(prompt=(worst,), repetition_penalty=5.0, logit_bias={worst: 100})
+    assert choose_ids(penalised, raw, 3) == [worst] * 3
 
 
 def test_end_tokens_wait_for_the_minimum_length() -> None:
     raw = torch.zeros(VOCABULARY)
     raw[3], raw[4], raw[5] = 9.0, 8.0, 7.0
-    row = sampler(eos=(3, 4), min_new_tokens=2)
-    assert [row.choose(raw).token_id for _ in range(3)] == [5, 5, 3]
+    assert choose_ids(sampler(ends=(3, 4), min_new_tokens=2), raw, 3) == [5, 5, 3]
+
+
+# Seeds and neighbours.
 
 
 def test_a_row_draws_what_the_next_seed_draws() -> None:
     raw = logits(2)
 
     def drawn(row: int, seed: int) -> list[int]:
-        chooser = sampler(row, temperature=1.0, seed=seed)
-        return [chooser.choose(raw).token_id for _ in range(20)]
+        return choose_ids(sampler(row, temperature=1.0, seed=seed), raw, 20)
 
     assert drawn(2, 40) == drawn(0, 42) == drawn(0, 42)
     assert drawn(0, 40) != drawn(0, 42)
@@ -82,18 +230,71 @@ def test_a_row_draws_what_the_next_seed_draws() -> None:
 
 
 def test_without_a_seed_no_two_rows_are_alike() -> None:
-    rows = [sampler(temperature=5.0), sampler(temperature=5.0)]
     raw = logits(3)
-    first, second = ([row.choose(raw).token_id for _ in range(40)] for row in rows)
+    first, second = (choose_ids(sampler(temperature=5.0), raw, 40) for _ in range(2))
     assert first != second
+
+
+MIXED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 50},
+    {"temperature": 2.0, "top_k": 50, "top_p": 0.9},
+    {"temperature": 1.3, "top_k": 3},
+    {"temperature": 1.5, "top_p": 0.95},
+    {"temperature": 0.7, "min_p": 0.02},
+    {"temperature": 1.0, "top_k": 50, "repetition_penalty": 1.3},
+    {"temperature": 1.0, "top_p": 0.9, "logprobs": 2, "frequency_penalty": 0.7},
+    {"temperature": 3.0, "min_new_tokens": 4, "top_k": 700},
+    {"logit_bias": {5: 40.0}},
+]
+
+
+@given(
+    kinds=st.lists(st.integers(0, len(MIXED) - 1), min_size=1, max_size=8),
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([300, 2048, 3001]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_row_draws_the_same_alone_and_in_any_batch(
+    kinds: list[int], seed: int, size: int
+) -> None:
+    def samplers() -> list[RowSampler]:
+        return [
+            sampler(row, prompt=(1, 2), ends=(9,), seed=seed, **MIXED[kind])
+            for row, kind in enumerate(kinds)
+        ]
+
+    together, alone, first = samplers(), samplers(), samplers()
+    for step in range(4):
+        raw = torch.stack([logits(seed + 31 * row + step, size) for row in range(len(kinds))])
+        in_batch = choose_tokens(raw, together)
+        for row, one in enumerate(alone):
+            assert in_batch[row] == choose_tokens(raw[row : row + 1].clone(), [one])[0]
+            assert in_batch[row] == first[row].choose(raw[row].clone())
+
+
+def test_a_row_that_is_no_number_fails_alone() -> None:
+    raw = torch.stack([logits(1), logits(2), logits(3)])
+    raw[1, 4] = float("nan")
+    rows = [sampler(), sampler(temperature=1.0, top_k=5), sampler(temperature=1.0, top_k=5)]
+    before, failed, after = choose_tokens(raw, rows)
+    assert isinstance(before, TokenChoice)
+    assert isinstance(after, TokenChoice)
+    assert isinstance(failed, TunesmithError)
+    assert failed.code == "logits_not_finite"
+
+
+# What is reported.
 
 
 def test_log_probabilities_are_of_the_raw_logits() -> None:
     raw = logits(4)
     given_logits = raw.clone()
     choice = sampler(
-        prompt=(1, 2), temperature=0.3, top_k=2, repetition_penalty=1.9, seed=1, logprobs=4
-    ).choose(raw)
+        prompt=(1, 2), temperature=0.3, top_k=2, repetition_penalty=1.9, seed=1, logprobs=4,
+        logit_bias={3: 5.0},
+    ).choose(raw)  # fmt: skip
     expected = torch.log_softmax(given_logits, dim=-1)
     assert choice.logprob == pytest.approx(float(expected[choice.token_id]))
     assert [token_id for token_id, _ in choice.top] == torch.topk(expected, 4).indices.tolist()

@@ -49,6 +49,9 @@ def advance(
             for i, (kind, data) in enumerate(events)
         )
         session.flush()
+        if job.dry_run:
+            # Nobody hears of it, and it has used nothing.
+            return job
         if "status" in values:
             tell_of_job(session, job)
         if values.get("status") in TERMINAL:

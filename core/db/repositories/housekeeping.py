@@ -154,6 +154,16 @@ class HousekeepingRepository:
         )
         return RemovedJobs(len(ids), [(row[0], row[1]) for row in checkpoints], more=True)
 
+    def remove_dry_runs(self, ended_before: datetime, limit: int) -> int:
+        """Delete dry runs that ended before an instant, with their few events; return how many."""
+        due = (
+            select(Job.id)
+            .where(Job.dry_run.is_(True), Job.finished_at < ended_before)
+            .order_by(Job.finished_at)
+            .limit(limit)
+        )
+        return self._delete_some(Job, (Job.id,), due)
+
     def count_jobs(self, ended_before: datetime) -> int:
         """Return how many jobs `remove_jobs` would delete in the end."""
         return self._count(Job, _due_jobs(ended_before))
@@ -212,4 +222,4 @@ def _due_checkpoints(ended_before: datetime) -> Select[JobCheckpoint]:
 
 
 def _due_jobs(ended_before: datetime) -> ColumnElement[bool]:
-    return and_(Job.finished_at < ended_before, Job.status.in_(TERMINAL))
+    return and_(Job.finished_at < ended_before, Job.status.in_(TERMINAL), Job.dry_run.is_(False))

@@ -126,6 +126,7 @@ class JobControl:
             self._session,
             Job.id == job_id,
             Job.project_id == self._principal.project_id,
+            Job.dry_run.is_(False),
             condition,
             events=[event],
             **values,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import ColumnElement, and_, delete, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -26,7 +26,7 @@ class JobFilter:
 
 
 class JobRepository:
-    """Jobs of one project."""
+    """Jobs of one project; a dry run is none."""
 
     def __init__(self, session: Session, principal: Principal) -> None:
         self._session = session
@@ -123,4 +123,4 @@ class JobRepository:
         return self._session.scalars(query.order_by(Job.id.desc()).limit(limit)).all()
 
     def _owned(self) -> ColumnElement[bool]:
-        return Job.project_id == self._principal.project_id
+        return and_(Job.project_id == self._principal.project_id, Job.dry_run.is_(False))

@@ -80,7 +80,7 @@ def read_totals(session: Session, *, worker_silence_seconds: float) -> Totals:
     # By group, so that no planner looks for the smallest id along the primary key.
     unfinished = session.execute(
         select(Job.status, func.count(), func.min(Job.id))
-        .where(Job.status.in_(UNFINISHED))
+        .where(Job.status.in_(UNFINISHED), Job.dry_run.is_(False))
         .group_by(Job.status)
     ).all()
     deliveries = session.execute(
@@ -110,7 +110,9 @@ def _created(session: Session, first_ids: Mapping[str, str]) -> dict[str, dateti
 
 def owned_jobs(session: Session, principal: Principal, job_ids: Collection[str]) -> set[str]:
     """Return which of these jobs belong to the principal's project."""
-    query = select(Job.id).where(Job.project_id == principal.project_id, Job.id.in_(job_ids))
+    query = select(Job.id).where(
+        Job.project_id == principal.project_id, Job.id.in_(job_ids), Job.dry_run.is_(False)
+    )
     return set(session.scalars(query)) if job_ids else set()
 
 

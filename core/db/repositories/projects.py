@@ -85,7 +85,9 @@ class ProjectRepository:
         return int(rows or 0), int(dataset_bytes or 0) + int(adapter_bytes or 0)
 
     def _count_jobs(self, project_id: str, statuses: tuple[str, ...]) -> int:
-        query = select(func.count()).where(Job.project_id == project_id, Job.status.in_(statuses))
+        query = select(func.count()).where(
+            Job.project_id == project_id, Job.status.in_(statuses), Job.dry_run.is_(False)
+        )
         return self._session.scalar(query) or 0
 
 

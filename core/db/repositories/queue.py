@@ -181,7 +181,7 @@ class QueueRepository:
         """Return how long the project's jobs on a base model took lately; `None` without any."""
         recent = (
             select(Job.base_model, Job.used_seconds)
-            .where(Job.project_id == project_id, Job.status == "succeeded")
+            .where(Job.project_id == project_id, Job.status == "succeeded", Job.dry_run.is_(False))
             .order_by(Job.id.desc())
             .limit(_HISTORY)
             .subquery()
