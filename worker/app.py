@@ -57,7 +57,14 @@ def run(queue: QueueName, settings: Settings, child_argv: Sequence[str] | None =
     """
     configure(settings, process=f"{queue}-worker")
     # A signal that comes before Celery handles them must not skip the release of a job.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    told_to_stop = threading.Event()
+
+    def leave(*_: Any) -> None:
+        # Celery may catch the exit, and then asks why.
+        told_to_stop.set()
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
     exit_with_parent(settings.grace_seconds + _JOIN_MARGIN_SECONDS)
     wait_for_schema(settings.resolved_database_url)
 
@@ -81,7 +88,6 @@ def run(queue: QueueName, settings: Settings, child_argv: Sequence[str] | None =
     tasks.register(app, queue, runner)
     # With a receiver Celery leaves the configuration of logging to us.
     signals.setup_logging.connect(_keep_logging)
-    told_to_stop = threading.Event()
 
     def stop(**_: Any) -> None:
         told_to_stop.set()

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sqlalchemy import NullPool, create_engine, inspect, text
+from sqlalchemy import NullPool, create_engine, insert, inspect, text
 
 import migrations
-from core.db.models import Base
+from core.db.models import Base, Project
 from core.ids import new_id
 from core.principal import DEFAULT_PROJECT_ID
 from tests.support.polling import wait_until
@@ -67,10 +67,9 @@ class PostgresServer:
             migrations.upgrade(self.url(_SHARED))
         with engine.begin() as connection:
             for table in reversed(Base.metadata.sorted_tables):
-                rows = table.delete()
-                if table.name == "projects":
-                    rows = rows.where(table.c.id != DEFAULT_PROJECT_ID)
-                connection.execute(rows)
+                connection.execute(table.delete())
+            # As migrations make it, whatever the last test did to it.
+            connection.execute(insert(Project).values(id=DEFAULT_PROJECT_ID, name="default"))
         return self.url(_SHARED)
 
     def close(self) -> None:
