@@ -225,6 +225,26 @@ def test_a_malformed_idempotency_key_is_refused(api: Api, key: str) -> None:
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_idempotency_key")
 
 
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        ({"min_p": 1.5}, "min_p"),
+        ({"presence_penalty": -2.1}, "presence_penalty"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"stop_token_ids": list(range(65))}, "stop_token_ids"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": {"word": 1}}, "logit_bias.word"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {}}, "response_format"),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format.text.schema"),
+    ],
+)
+def test_bad_sampling_is_refused(api: Api, sampling: dict[str, Any], field: str) -> None:
+    answer = api.client.post("/generate", json={**PROMPT, **sampling})
+    assert (answer.status_code, answer.json()["field"]) == (422, field), answer.text
+
+
 def nasty_json() -> st.SearchStrategy[Any]:
     """Return JSON values with everything that has ever broken a service."""
     texts = st.text() | st.sampled_from(["\0", "\ud800", "a" * 3000, "tiny", "user", "{{ 1/0 }}"])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
-from core.db.models import BaseModel
+from core.db.models import BaseModel, JobEvent
 from core.queue import NullQueue
 from core.storage import LocalStore
 from tests.support.api import Api, running_api
@@ -23,7 +22,17 @@ from worker.runner import Runner
 from worker.validation import VALIDATOR_ARGV, ValidateStage
 
 ROWS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(12)]
-SLOW = "import sys\nsys.stdin.buffer.read()"
+KILLED = "import os, sys\nsys.stdin.buffer.read(1)\nos.kill(os.getpid(), 9)"
+KILLED_ONCE = """
+import os, pathlib, sys
+marker = pathlib.Path(sys.argv[1])
+if not marker.exists():
+    marker.touch()
+    sys.stdin.buffer.read(1)
+    os.kill(os.getpid(), 9)
+from core.data.process import main
+main()
+"""
 Start = Callable[..., ChildProcess]
 
 
@@ -96,18 +105,21 @@ def test_a_long_one_is_answered_with_202_and_can_be_polled(api: Api, start: Star
     wait_until(lambda: api.client.get(path).json()["valid"], 20, lambda: api.client.get(path).text)
 
 
-def test_a_killed_validator_is_replaced(api: Api, start: Start) -> None:
-    child = start((sys.executable, "-c", SLOW))
-    path = validate(api, wait_seconds=0).headers["Location"]
-    wait_until(lambda: child.pid is not None, 10, "no child")
-    assert child.pid is not None
-    os.kill(child.pid, signal.SIGKILL)
-    start()
-    wait_until(
-        lambda: api.client.get(path).json()["status"] != "validating",
-        30,
-        lambda: api.client.get(path).text,
-    )
+def test_a_killed_validator_is_replaced(api: Api, start: Start, tmp_path: Path) -> None:
+    start((sys.executable, "-c", KILLED_ONCE, str(tmp_path / "killed")))
+    found = validate(api).json()
+    assert (found["status"], found["valid"]) == ("succeeded", True)
+    with api.database.session() as session:
+        events = list(session.scalars(select(JobEvent.type).order_by(JobEvent.sequence)))
+    assert events == ["validation_started", "requeued", "validation_started", "validated"]
+
+
+def test_a_validator_that_dies_again_and_again_is_given_up(api: Api, start: Start) -> None:
+    start((sys.executable, "-c", KILLED))
+    answer = validate(api)
+    found = answer.json()
+    assert (answer.status_code, found["status"], found["valid"]) == (200, "failed", None)
+    assert found["error"]["code"] == "attempts_exhausted"
 
 
 def test_an_impossible_spec_is_refused_and_an_unknown_one_not_found(api: Api) -> None:

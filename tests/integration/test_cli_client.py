@@ -20,6 +20,7 @@ from service.serving import find_port
 from tests.support.command_line import Outcome, live_api, succeed, tunesmith
 from tests.support.factories import ROWS, add_base_model, make_artifact, must_claim
 from tests.support.fake_engine import FakeEngine
+from tests.support.polling import wait_until
 
 LEASE_SECONDS = 30
 
@@ -277,3 +278,43 @@ def test_where_nobody_listens_the_command_says_how_to_start() -> None:
     outcome = tunesmith("jobs", "list", "--url", f"http://127.0.0.1:{find_port('127.0.0.1', 0)}")
     assert (outcome.code, outcome.stdout) == (1, "")
     assert "tunesmith serve" in outcome.stderr
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_a_validation_shows_its_report_and_fails_for_an_invalid_one(
+    url: str, spec_file: Path, rows_file: Path, sqlite_database: Database, valid: bool
+) -> None:
+    error = {"line": 7, "field": None, "code": "row_too_long", "message": "too long"}
+    report = {
+        "valid": valid, "format": "messages", "rows_read": 9, "rows": 8, "dropped": {"max_rows": 1},
+        "error_count": 0 if valid else 1, "errors": [] if valid else [error], "too_long": None,
+        "duplicates": 1, "duplicate_rows": [{"line": 5, "same_as_line": 2}],
+        "training_rows": 8, "validation_rows": 0, "overlap": 0, "overlap_rows": [],
+        "tokens": {"total": 80, "min": 5, "mean": 10.0, "p50": 9, "p95": 20, "max": 20},
+        "trained_tokens": 40, "steps": 6, "tokens_per_epoch": 80, "total_tokens": 240,
+        "histogram": [{"from_tokens": 1, "to_tokens": 16, "rows": 8, "rows_by_trained": 8}],
+        "sample": {"line": 1, "text": "ask: answer", "spans": [[5, 11]]},
+        "warnings": [{"code": "few_rows", "message": "8 rows to train on are few", "lines": []}],
+    }  # fmt: skip
+
+    def work() -> None:
+        def claim() -> bool:
+            found = jobs.claim(
+                sqlite_database, worker_id="w", stage="validate", lease_seconds=LEASE_SECONDS
+            )
+            if found is not None:
+                jobs.validation_done(sqlite_database, found, "w", report)
+            return found is not None
+
+        wait_until(claim, 10, "nothing to validate")
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    outcome = tunesmith("jobs", "validate", spec_file, "--upload", rows_file)
+    worker.join()
+    assert outcome.code == (0 if valid else 1)
+    shown = outcome.stdout
+    assert ("row_too_long" in shown) is not valid
+    for text in ("1 (lines 5 = 2)", "max_rows", "ask: ⟦answer⟧", "few_rows", "unknown: no train"):
+        assert text in shown
+    assert succeed("jobs", "list", "--json").json == []

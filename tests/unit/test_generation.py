@@ -87,6 +87,26 @@ def test_how_the_text_was_cut_does_not_matter(
     assert text.startswith(whole[0])
 
 
+_WORDS = st.sampled_from(["a", "b", "é", "🚀", "🚀é", "👩\u200d🔬", "\n\n", " ", "ab", "<|x|>"])
+
+
+@given(
+    st.lists(_WORDS, max_size=14).map("".join),
+    st.lists(
+        st.lists(_WORDS, min_size=1, max_size=2).map("".join), min_size=1, max_size=4, unique=True
+    ),
+)
+def test_tokens_of_any_text_end_before_the_stop_string_that_is_complete_first(
+    text: str, stops: list[str]
+) -> None:
+    ids = _TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    shown, finished = play(make_answer(stop=stops), [*ids, EOS])
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert shown == (text[: min(ends)[1]] if ends else text)
+    assert finished.finish_reason == "stop"
+    assert (finished.completion_tokens == len(ids) + 1) or ends
+
+
 def test_what_may_become_a_stop_string_is_held_back() -> None:
     stops = StopStrings(["###", "\nUser:"])
     assert stops.push("Hi #") == ("Hi ", False)
