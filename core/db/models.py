@@ -129,6 +129,13 @@ class Job(Base):
             postgresql_where=text("worker_id IS NOT NULL"),
             sqlite_where=text("worker_id IS NOT NULL"),
         ),
+        # Whether a job goes on from an adapter that is to be deleted.
+        Index(
+            "ix_jobs_continue_digest",
+            "continue_digest",
+            postgresql_where=text("continue_digest IS NOT NULL"),
+            sqlite_where=text("continue_digest IS NOT NULL"),
+        ),
         # Which ended jobs are past their time.
         Index(
             "ix_jobs_finished_at",
@@ -150,6 +157,8 @@ class Job(Base):
     dataset_id: Mapped[str] = mapped_column(String(40), index=True)
     base_model: Mapped[str] = mapped_column(String(128))
     adapter_name: Mapped[str] = mapped_column(String(63))
+    # Artifact whose weights training begins with.
+    continue_digest: Mapped[str | None] = mapped_column(String(64))
     spec: Mapped[dict[str, Any]]
     priority: Mapped[int] = mapped_column(default=0)
     # The negative priority: an index in one direction then has the best job first.
@@ -196,6 +205,23 @@ class Job(Base):
     finished_at: Mapped[datetime | None]
 
 
+class JobSource(Base):
+    """One data set of a job that uses several, or its validation rows.
+
+    A reference to a Hugging Face data set gets its `dataset_id` when a worker has fetched it.
+    """
+
+    __tablename__ = "job_sources"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    # "training" or "validation".
+    role: Mapped[str] = mapped_column(String(16))
+    reference: Mapped[str] = mapped_column(String(256))
+    split: Mapped[str | None] = mapped_column(String(64))
+    weight: Mapped[float] = mapped_column(default=1.0)
+    dataset_id: Mapped[str | None] = mapped_column(String(40), index=True)
+
+
 class IdempotencyKey(Base):
     """Which job a client's Idempotency-Key created, and from which body."""
 
@@ -232,6 +258,14 @@ class JobMetric(Base):
     learning_rate: Mapped[float | None]
     grad_norm: Mapped[float | None]
     tokens_per_second: Mapped[float | None]
+    # Share of the trained tokens that the model would have written itself, or of the pairs whose
+    # chosen answer it prefers more than its reference does.
+    accuracy: Mapped[float | None]
+    eval_accuracy: Mapped[float | None]
+    # By how much it does, of preference pairs.
+    margin: Mapped[float | None]
+    eval_margin: Mapped[float | None]
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
@@ -338,6 +372,8 @@ class AdapterVersion(Base):
     job_id: Mapped[str | None] = mapped_column(String(40))
     manifest: Mapped[dict[str, Any]]
     provenance: Mapped[dict[str, Any]]
+    # Why no alias may point at it; null where one may.
+    quarantine: Mapped[str | None] = mapped_column(String(255))
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
@@ -350,7 +386,36 @@ class AdapterAlias(Base):
     )
     alias: Mapped[str] = mapped_column(String(63), primary_key=True)
     version_id: Mapped[str] = mapped_column(ForeignKey("adapter_versions.id"), index=True)
+    # Whether engines shall have what it points at in memory at all times.
+    pinned: Mapped[bool] = mapped_column(default=False)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)
+
+
+class Export(Base):
+    """A file made of an adapter version, and the lease of the worker that makes it."""
+
+    __tablename__ = "exports"
+    __table_args__ = (
+        Index("ix_exports_version_id_id", "version_id", "id"),
+        # What a worker takes next, and what workers hold.
+        Index("ix_exports_status_id", "status", "id"),
+    )
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    version_id: Mapped[str] = mapped_column(ForeignKey("adapter_versions.id", ondelete="CASCADE"))
+    format: Mapped[str] = mapped_column(String(16))
+    dtype: Mapped[str] = mapped_column(String(16))
+    # queued → running → succeeded | failed
+    status: Mapped[str] = mapped_column(String(16), default="queued")
+    attempt: Mapped[int] = mapped_column(default=0)
+    worker_id: Mapped[str | None] = mapped_column(String(128))
+    lease_expires_epoch: Mapped[float | None]
+    # Of the file, a blob.
+    sha256: Mapped[str | None] = mapped_column(String(64), index=True)
+    bytes: Mapped[int | None] = mapped_column(BigInteger)
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    finished_at: Mapped[datetime | None] = mapped_column(index=True)
 
 
 class Worker(Base):

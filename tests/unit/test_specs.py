@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -64,7 +65,7 @@ def test_the_stored_form_has_every_default_resolved_and_reads_back_equal() -> No
         ({"adapter": "../../etc"}, "adapter"),
         ({"adapter": "x" * 64}, "adapter"),
         ({"base_model": ""}, "base_model"),
-        ({"method": {"type": "ppo"}}, "method.type"),
+        ({"method": {"type": "ppo"}}, "method"),
         ({"spec_version": 2}, "spec_version"),
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata"),
     ],
@@ -94,3 +95,44 @@ def test_what_looks_at_evaluations_needs_validation_rows(name: str, value: objec
     spec = {**LEAST, "training": {name: value}}
     assert errors_of(spec) == {f"training.{name}"}
     assert JobSpec.model_validate({**spec, "data": {"validation_fraction": 0.1}})
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [
+        ({"training": {"eval_strategy": "steps"}}, {"training.eval_steps"}),
+        ({"training": {"eval_strategy": "time"}}, {"training.eval_seconds"}),
+        ({"training": {"save_strategy": "steps"}}, {"training.save_steps"}),
+        ({"training": {"save_strategy": "epoch", "save_steps": 3}}, {"training.save_steps"}),
+        ({"training": {"eval_strategy": "epoch", "eval_steps": 3}}, {"training.eval_steps"}),
+        ({"training": {"eval_steps": 3, "eval_seconds": 3.0}}, {"training.eval_seconds"}),
+        ({"training": {"optim": "sgd", "adam_beta1": 0.5}}, {"training.adam_beta1"}),
+        ({"training": {"optim": "adafactor", "adam_epsilon": 1e-3}}, {"training.adam_epsilon"}),
+        ({"training": {"dtype": "fp16"}}, {"training.dtype"}),
+        ({"lora": {"dtype": "fp16"}, "resources": {"device": "cpu"}}, {"lora.dtype"}),
+        ({"training": {"packing": True}, "data": {"group_by_length": False}}, {""}),
+        ({"lora": {"use_dora": True}}, {"lora.use_dora"}),
+        ({"lora": {"modules_to_save": ["embed_tokens"]}}, {"lora.modules_to_save"}),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(
+    change: dict[str, object], fields: set[str]
+) -> None:
+    validated = {"data": {"validation_fraction": 0.1}}
+    assert errors_of({**LEAST, **validated, **change}) >= fields
+
+
+def test_the_strategy_follows_from_the_interval_and_is_stored() -> None:
+    given = {
+        "training": {"eval_seconds": 60.0, "save_steps": 5},
+        "data": {"validation_fraction": 0.1},
+    }
+    training = JobSpec.model_validate({**LEAST, **given}).training
+    assert (training.eval_strategy, training.save_strategy) == ("time", "steps")
+
+
+def test_the_notebooks_configuration_is_a_spec() -> None:
+    text = (Path(__file__).parents[2] / "examples" / "notebook.json").read_text()
+    spec = JobSpec.model_validate_json(text)
+    assert (spec.lora.r, spec.lora.alpha, spec.lora.dtype) == (128, 256.0, "bf16")
+    assert (spec.training.epochs, spec.training.adam_epsilon) == (50.0, 1e-4)
