@@ -7,13 +7,16 @@ from typing import Any, Literal, get_args
 
 from core.errors import InvalidInput
 
-DatasetFormat = Literal["messages", "prompt_completion", "instruction", "sharegpt", "text"]
+DatasetFormat = Literal[
+    "messages", "prompt_completion", "instruction", "sharegpt", "text", "preference"
+]
 FORMATS: tuple[DatasetFormat, ...] = get_args(DatasetFormat)
 
 FORMAT_HINT = (
     'Each row needs "messages" (a list of {"role", "content"} turns), "prompt" and "completion" '
     '(two texts, or two lists of turns), "instruction" and "response" (or "output"), '
-    '"conversations" (a list of {"from", "value"} turns) or "text".'
+    '"conversations" (a list of {"from", "value"} turns), "text", or "chosen" and "rejected" '
+    '(answers to a "prompt", or whole lists of turns).'
 )
 
 
@@ -37,6 +40,9 @@ def detect_format(row: Mapping[str, Any], line: int) -> DatasetFormat:
     Raises:
         InvalidInput: Code `unknown_format`.
     """
+    if all(name in row for name in ("chosen", "rejected")):
+        # Such rows may carry the conversation or its prompt besides.
+        return "preference"
     for format, signs in _SIGNS:  # noqa: A001
         if any(name in row for name in signs):
             return format
@@ -45,5 +51,32 @@ def detect_format(row: Mapping[str, Any], line: int) -> DatasetFormat:
         f"the format of the data set is not known: line {line} has {names}",
         code="unknown_format",
         line=line,
-        hint=FORMAT_HINT,
+        hint=f"{FORMAT_HINT} Columns of other names can be named in data.columns.",
+    )
+
+
+def check_method(method: str, format: DatasetFormat | None) -> None:  # noqa: A002
+    """Check that a method can learn from rows of a format.
+
+    Args:
+        method: `sft` or `dpo`.
+        format: `None` where it is not known yet.
+
+    Raises:
+        InvalidInput: Code `method_format_mismatch`.
+    """
+    if format is None or (method == "dpo") == (format == "preference"):
+        return
+    if format == "preference":
+        raise InvalidInput(
+            f"the rows are preference pairs, which the method {method!r} does not learn from",
+            code="method_format_mismatch",
+            field="method.type",
+            hint='Use {"type": "dpo"}, or rows with one answer each.',
+        )
+    raise InvalidInput(
+        f"the method {method!r} learns from preference pairs, and the rows are {format!r} rows",
+        code="method_format_mismatch",
+        field="method.type",
+        hint='Send rows with "chosen" and "rejected", or use {"type": "sft"}.',
     )

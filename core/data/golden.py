@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from core.data.rendering import encode_text, render_prompt
-from core.data.tokenizer import template_of
+from core.data.templates import template_of
 
 _QUESTION = "Name three things that a traveller should take along on a walk in the mountains."
 MAX_GOLDEN_TOKENS = 64

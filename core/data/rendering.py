@@ -15,14 +15,19 @@ tokenised in pieces, cut where the answers start.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
+from core.data.conversation import check_control_tokens, render_conversation, render_turns
 from core.data.schema import Example
-from core.data.tokenizer import template_of
+from core.data.templates import (
+    Tools,
+    adds_beginning,
+    special_tokens,
+    template_of,
+)
 from core.errors import InvalidInput
 
 IGNORED_LABEL = -100
@@ -61,18 +66,30 @@ class TrainingRow:
     spans: list[Span]
 
     @property
+    def tokens(self) -> int:
+        """Tokens that one pass over the row reads."""
+        return len(self.input_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its one sequence."""
+        return len(self.input_ids)
+
+    @property
     def trained_tokens(self) -> int:
         """Number of positions that count in the loss."""
         return sum(label != IGNORED_LABEL for label in self.labels)
 
 
-def render_prompt(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> RenderedPrompt:
+def render_prompt(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, tools: Tools | None = None
+) -> RenderedPrompt:
     """Render a conversation up to where the assistant's next turn begins.
 
     Raises:
-        InvalidInput: Code `no_chat_template` or `template_refused`.
+        InvalidInput: Code `no_chat_template`, `template_refused` or `tools_unsupported`.
     """
-    text = _render(messages, tokenizer, add_generation_prompt=True)
+    text = render_conversation(messages, tokenizer, tools, add_generation_prompt=True)
     return RenderedPrompt(text, _encode(text, tokenizer))
 
 
@@ -90,16 +107,16 @@ def render_row(example: Example, tokenizer: Any) -> TrainingRow:
 
     Raises:
         InvalidInput: Code `no_chat_template`, `template_refused`, `template_not_prefix_preserving`,
-            `template_rewrites_content`, `template_without_end_token`, `control_token_in_content`
-            or `token_crosses_border`.
+            `template_rewrites_content`, `template_without_end_token`, `control_token_in_content`,
+            `tools_unsupported` or `token_crosses_border`.
     """
     if example.messages is None:
         text, spans = _find_completion(example, tokenizer)
     elif example.whole:
-        _check_control_tokens(example.messages, tokenizer)
-        text, spans = _render(example.messages, tokenizer, add_generation_prompt=False), []
+        check_control_tokens(example.messages, tokenizer, example.tools)
+        text, spans = render_conversation(example.messages, tokenizer, example.tools), []
     else:
-        text, spans = _find_answers(example.messages, example.trained, tokenizer)
+        text, spans = _find_answers(example.messages, example.trained, tokenizer, example.tools)
     if example.whole:
         ids = _encode(text, tokenizer)
         return TrainingRow(ids, list(ids), text, [Span(0, len(text))])
@@ -139,42 +156,37 @@ def _find_completion(example: Example, tokenizer: Any) -> tuple[str, list[Span]]
 
 
 def _find_answers(
-    messages: Sequence[Mapping[str, str]], trained: tuple[int, ...] | None, tokenizer: Any
+    messages: Sequence[Mapping[str, Any]],
+    trained: tuple[int, ...] | None,
+    tokenizer: Any,
+    tools: Tools | None = None,
 ) -> tuple[str, list[Span]]:
-    _check_control_tokens(messages, tokenizer)
-    text = _render(messages, tokenizer, add_generation_prompt=False)
+    check_control_tokens(messages, tokenizer, tools)
+    text = render_conversation(messages, tokenizer, tools)
     spans = []
     for index, turn in enumerate(messages):
         if turn["role"] != "assistant" or (trained is not None and index not in trained):
             continue
-        before = _render(messages[:index], tokenizer, add_generation_prompt=True)
-        until = _render(messages[: index + 1], tokenizer, add_generation_prompt=False)
+        before = render_turns(messages[:index], tokenizer, tools, add_generation_prompt=True)
+        whole = index + 1 == len(messages)
+        until = text if whole else render_turns(messages[: index + 1], tokenizer, tools)
         if not (text.startswith(until) and until.startswith(before)):
             raise InvalidInput(
-                "the chat template renders a conversation differently once it goes on",
+                "the chat template renders an answer differently once the conversation goes on",
                 code="template_not_prefix_preserving",
                 field=f"messages[{index}]",
-                hint="Train on single-answer rows, or use a base model with another template.",
+                hint='Set data.train_on to "last", or use a base model with another template.',
             )
         spans.append(Span(len(before), _end_of_answer(until, len(before), turn, tokenizer)))
     return text, spans
 
 
-def _check_control_tokens(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> None:
-    control = _control_tokens(tokenizer)
-    for index, turn in enumerate(messages):
-        for token in control:
-            if token in turn["content"]:
-                raise InvalidInput(
-                    f"the text holds the control token {token!r}",
-                    code="control_token_in_content",
-                    field=f"messages[{index}].content",
-                    hint="Send plain text; the chat template adds the control tokens.",
-                )
+def _end_of_answer(text: str, start: int, turn: Mapping[str, Any], tokenizer: Any) -> int:
+    """Return where the token ends that ends the answer, which begins at `start`.
 
-
-def _end_of_answer(text: str, start: int, turn: Mapping[str, str], tokenizer: Any) -> int:
-    """Return where the token ends that ends the answer, which begins at `start`."""
+    Args:
+        text: The conversation up to this turn, and not further.
+    """
     content = turn["content"]
     at = text.find(content, start)
     if at < 0:
@@ -187,10 +199,12 @@ def _end_of_answer(text: str, start: int, turn: Mapping[str, str], tokenizer: An
             hint="Use a base model whose template keeps the text as it is.",
         )
     after = at + len(content)
+    tail = text[after:]
     ends = [
-        (found, -len(token))
-        for token in _special_tokens(tokenizer)
-        if (found := text.find(token, after)) >= 0
+        (found.start(), found.end())
+        for token in special_tokens(tokenizer)
+        if token in tail
+        for found in re.finditer(re.escape(token), tail)
     ]
     if not ends:
         raise InvalidInput(
@@ -199,8 +213,11 @@ def _end_of_answer(text: str, start: int, turn: Mapping[str, str], tokenizer: An
             code="template_without_end_token",
             hint="Use a base model whose template ends turns with one, or prompt/completion rows.",
         )
-    found, negative_length = min(ends)
-    return found - negative_length
+    if turn.get("tool_calls"):
+        # Calls may be set off by special tokens of their own; the last one ends the turn.
+        return after + max(end for _, end in ends)
+    first = min(start for start, _ in ends)
+    return after + max(end for start, end in ends if start == first)
 
 
 def _tokenise(
@@ -231,28 +248,6 @@ def _tokenise(
     return cut_ids, cut_offsets, firsts
 
 
-def _render(
-    messages: Sequence[Mapping[str, str]], tokenizer: Any, *, add_generation_prompt: bool
-) -> str:
-    if template_of(tokenizer) is None:
-        raise InvalidInput(
-            "the base model's tokenizer has no chat template, so it cannot read messages",
-            code="no_chat_template",
-            hint="Use prompt and completion, or a base model that was made for chat.",
-        )
-    try:
-        rendered = tokenizer.apply_chat_template(
-            [dict(turn) for turn in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise InvalidInput(
-            f"the chat template refuses this conversation: {error}", code="template_refused"
-        ) from error
-    return str(rendered)
-
-
 def _encode(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -266,18 +261,4 @@ def _beginning(tokenizer: Any, text: str) -> str:
     token = tokenizer.bos_token
     if not token or text.startswith(token):
         return ""
-    return token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
-
-
-def _special_tokens(tokenizer: Any) -> set[str]:
-    added = tokenizer.added_tokens_decoder.values()
-    return {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-
-
-def _control_tokens(tokenizer: Any) -> list[str]:
-    """Return the special tokens that structure a conversation; others may be plain words."""
-    template = template_of(tokenizer) or ""
-    own = (tokenizer.bos_token, tokenizer.eos_token)
-    return sorted(
-        token for token in _special_tokens(tokenizer) if token in template or token in own
-    )
+    return str(token) if adds_beginning(tokenizer) else ""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from core.data.detect import DatasetFormat
+from core.data.preference import check_preference, preference_turns
 from core.data.rows import Problem
+from core.data.tools import check_tools
 from core.data.turns import (
     CHAT,
     SHAREGPT,
+    TOOL_CHAT,
     check_conversation,
     check_order,
     check_text,
@@ -32,10 +35,13 @@ _REQUIRED: dict[DatasetFormat, tuple[tuple[str, ...], ...]] = {
     "instruction": (("instruction",), ("response", "output")),
     "sharegpt": (("conversations",),),
     "text": (("text",),),
+    "preference": (("chosen",), ("rejected",)),
 }
 _OPTIONAL: dict[DatasetFormat, tuple[tuple[str, ...], ...]] = {
+    "messages": (("tools",),),
     "instruction": (("context", "input"), ("system",)),
     "sharegpt": (("system",),),
+    "preference": (("prompt",),),
 }
 
 
@@ -49,13 +55,17 @@ class Example:
         prompt: Plain text before the completion; empty for a conversation.
         completion: Plain text to be learnt; empty for a conversation.
         whole: Everything is learnt, whatever `trained` says.
+        rejected: Of a preference pair, the same prompt with the answer that was rejected.
+        tools: Definitions of the tools that the assistant may call.
     """
 
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     trained: tuple[int, ...] | None = None
     prompt: str = ""
     completion: str = ""
     whole: bool = False
+    rejected: Example | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 def check_row(row: Mapping[str, Any], format: DatasetFormat) -> list[Problem]:  # noqa: A002
@@ -64,6 +74,7 @@ def check_row(row: Mapping[str, Any], format: DatasetFormat) -> list[Problem]:  
         Problem("unsupported_field", f"the field {name!r} is not supported", name)
         for name in _MEANINGFUL_FIELDS
         if row.get(name) is not None
+        and (name,) not in (*_REQUIRED[format], *_OPTIONAL.get(format, ()))
     ]
     missing = [
         Problem("missing_field", f"the field {' or '.join(map(repr, names))} is missing", names[0])
@@ -85,7 +96,11 @@ def to_example(row: Mapping[str, Any], format: DatasetFormat) -> Example:  # noq
     match format:
         case "messages":
             turns = row["messages"]
-            return Example(messages=plain_turns(turns, CHAT), trained=trained_turns(turns, CHAT))
+            return Example(
+                messages=plain_turns(turns, TOOL_CHAT),
+                trained=trained_turns(turns, TOOL_CHAT),
+                tools=row.get("tools"),
+            )
         case "sharegpt":
             turns = row["conversations"]
             system = _system_turn(row)
@@ -101,6 +116,8 @@ def to_example(row: Mapping[str, Any], format: DatasetFormat) -> Example:  # noq
                 return Example(prompt=prompt, completion=completion)
             trained = tuple(len(prompt) + index for index in trained_turns(completion, CHAT))
             return Example(messages=plain_turns(prompt + completion, CHAT), trained=trained)
+        case "preference":
+            return _preference(row)
 
 
 def ignored_fields(row: Mapping[str, Any], format: DatasetFormat) -> set[str]:  # noqa: A002
@@ -110,10 +127,17 @@ def ignored_fields(row: Mapping[str, Any], format: DatasetFormat) -> set[str]:  
     return set(row) - used
 
 
+def lacks_field(names: Container[str], format: DatasetFormat) -> bool:  # noqa: A002
+    """Tell whether a field that the format needs is under none of these names."""
+    return not all(any(name in names for name in spelt) for spelt in _REQUIRED[format])
+
+
 def _check_content(row: Mapping[str, Any], format: DatasetFormat) -> Iterator[Problem]:  # noqa: A002
     match format:
         case "messages":
-            yield from check_conversation(row["messages"], "messages", CHAT)
+            yield from check_conversation(row["messages"], "messages", TOOL_CHAT)
+            if row.get("tools") is not None:
+                yield from check_tools(row["tools"])
         case "sharegpt":
             turns = row["conversations"]
             yield from check_conversation(turns, "conversations", SHAREGPT)
@@ -132,6 +156,8 @@ def _check_content(row: Mapping[str, Any], format: DatasetFormat) -> Iterator[Pr
             yield from check_text(row["text"], "text")
         case "prompt_completion":
             yield from _check_pair(row["prompt"], row["completion"])
+        case "preference":
+            yield from check_preference(row)
 
 
 def _check_pair(prompt: Any, completion: Any) -> Iterator[Problem]:
@@ -157,6 +183,16 @@ def _check_pair(prompt: Any, completion: Any) -> Iterator[Problem]:
         or list(check_order(prompt + completion, where, CHAT))
         or check_weights(completion, "completion", CHAT)
     )
+
+
+def _preference(row: Mapping[str, Any]) -> Example:
+    if isinstance(row["chosen"], str):
+        rejected = Example(prompt=row["prompt"], completion=row["rejected"])
+        return Example(prompt=row["prompt"], completion=row["chosen"], rejected=rejected)
+    chosen, rejected_turns = preference_turns(row)
+    trained = (len(chosen) - 1,)
+    rejected = Example(messages=rejected_turns, trained=trained)
+    return Example(messages=chosen, trained=trained, rejected=rejected)
 
 
 def _check_optional_text(row: Mapping[str, Any], field: str) -> Iterator[Problem]:

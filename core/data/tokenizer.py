@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from core.artifacts import TOKENIZER_FILE, sha256_file, sha256_text
+from core.artifacts import TOKENIZER_FILE, sha256_file
 from core.data.quiet import silence_libraries
+from core.data.templates import set_fallback
 from core.errors import InvalidInput
 
 
 def load_tokenizer(path: Path | str) -> Any:
-    """Load a model directory's tokenizer, with its padding repaired.
+    """Load a model directory's tokenizer, with what it lacks repaired in memory.
 
-    A tokenizer without a pad token pads with its end token; padding is on the right. Neither
-    changes what is learnt: padding is masked by length, never by the token's id.
+    A tokenizer without a chat template gets ChatML. One without a pad token, or with one that the
+    model has no embedding for, pads with its end token; padding is on the right. Neither changes
+    what is learnt: padding is masked by length, never by the token's id.
 
     Raises:
-        InvalidInput: Code `tokenizer_unreadable`; missing, damaged, without character offsets, or
-            without an end token.
+        InvalidInput: Code `tokenizer_unreadable`; missing, damaged or without character offsets.
+            Code `no_end_token`; nothing ends a text.
     """
     silence_libraries()
     from transformers import AutoTokenizer
@@ -39,25 +42,16 @@ def load_tokenizer(path: Path | str) -> Any:
     if not tokenizer.is_fast:
         raise _unreadable(f"the tokenizer of {directory} gives no character offsets")
     if tokenizer.eos_token_id is None:
-        raise _unreadable(f"the tokenizer of {directory} has no end token")
-    if tokenizer.pad_token_id is None:
+        raise InvalidInput(
+            f"the tokenizer of {directory} has no end token, so that no answer would end",
+            code="no_end_token",
+            hint='Name one of its tokens as "eos_token" in tokenizer_config.json.',
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= _count_embeddings(directory):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    set_fallback(tokenizer)
     return tokenizer
-
-
-def template_of(tokenizer: Any) -> str | None:
-    """Return the tokenizer's default chat template as text, or `None`."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template or None
-
-
-def template_sha256(tokenizer: Any) -> str | None:
-    """Return the SHA-256 of the chat template's text, or `None` without a template."""
-    template = template_of(tokenizer)
-    return None if template is None else sha256_text(template)
 
 
 def tokenizer_sha256(path: Path | str) -> str:
@@ -93,6 +87,16 @@ class TokenizerCache:
             while len(self._tokenizers) > self._size:
                 self._tokenizers.popitem(last=False)
             return self._tokenizers[digest]
+
+
+def _count_embeddings(directory: Path) -> float:
+    """Return how many tokens the model beside the tokenizer knows, as far as its config says."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+        count = config.get("text_config", config).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        count = None
+    return count if isinstance(count, int) else math.inf
 
 
 def _unreadable(message: str) -> InvalidInput:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.data.rows import Problem
+from core.data.tools import check_calls, check_results, plain_calls
 
 ROLES = ("system", "user", "assistant")
 
@@ -19,14 +20,17 @@ class TurnSpelling:
         role: Member that holds the role.
         content: Member that holds the text.
         roles: Spelling → role.
+        tools: Whether turns may call tools and tell their results.
     """
 
     role: str
     content: str
     roles: Mapping[str, str]
+    tools: bool = False
 
 
 CHAT = TurnSpelling("role", "content", {role: role for role in ROLES})
+TOOL_CHAT = TurnSpelling("role", "content", {**CHAT.roles, "tool": "tool"}, tools=True)
 SHAREGPT = TurnSpelling(
     "from",
     "value",
@@ -53,13 +57,12 @@ def check_conversation(value: Any, field: str, spelling: TurnSpelling) -> Iterat
     yield from (
         list(check_turns(value, field, spelling))
         or list(check_order(value, where, spelling))
-        or check_weights(value, field, spelling)
+        or [*check_weights(value, field, spelling), *check_results(value, where)]
     )
 
 
 def check_turns(turns: Sequence[Any], field: str, spelling: TurnSpelling) -> Iterator[Problem]:
     """Yield what is wrong with each turn by itself."""
-    known = {spelling.role, spelling.content, "weight"}
     for index, turn in enumerate(turns):
         where = f"{field}[{index}]"
         if not isinstance(turn, dict):
@@ -76,8 +79,17 @@ def check_turns(turns: Sequence[Any], field: str, spelling: TurnSpelling) -> Ite
                 f"the role is {_shorten(role)}; it must be {_or(list(spelling.roles))}",
                 f"{where}.{spelling.role}",
             )
-        yield from check_text(turn.get(spelling.content), f"{where}.{spelling.content}")
+        calls = turn.get("tool_calls") if spelling.tools and role == "assistant" else None
+        if calls is not None:
+            yield from check_calls(calls, f"{where}.tool_calls")
+        # An assistant that calls tools need not say anything.
+        if calls is None or turn.get(spelling.content) not in (None, ""):
+            yield from check_text(turn.get(spelling.content), f"{where}.{spelling.content}")
         yield from _check_weight(turn, f"{where}.weight", spelling)
+        for name in {"name", "tool_call_id"}.intersection(_tool_members(role, spelling)):
+            if not isinstance(turn.get(name) or "", str):
+                yield Problem("wrong_type", "a text is needed here", f"{where}.{name}")
+        known = {spelling.role, spelling.content, "weight", *_tool_members(role, spelling)}
         for name in turn:
             if name not in known and turn[name] is not None:
                 yield Problem(
@@ -90,10 +102,15 @@ def check_turns(turns: Sequence[Any], field: str, spelling: TurnSpelling) -> Ite
 def check_order(
     turns: Sequence[Mapping[str, Any]], where: Sequence[str], spelling: TurnSpelling
 ) -> Iterator[Problem]:
-    """Yield what is wrong with the roles: an optional system turn, then user and assistant."""
+    """Yield what is wrong with the roles: an optional system turn, then user and assistant.
+
+    After an assistant's calls come the tools' results, and then the assistant again.
+    """
     roles = [spelling.roles[turn[spelling.role]] for turn in turns]
     expected = "user"
     for index, role in enumerate(roles):
+        if role == "tool" and index and expected == "assistant" and roles[index - 1] == "tool":
+            continue
         if role == "system":
             if index:
                 yield Problem("role_order", "a system turn may only come first", where[index])
@@ -104,7 +121,8 @@ def check_order(
                 "role_order", f"expected a turn of the {expected}, not of the {role}", where[index]
             )
             return
-        expected = "assistant" if role == "user" else "user"
+        calls = spelling.tools and role == "assistant" and turns[index].get("tool_calls")
+        expected = "tool" if calls else "user" if role == "assistant" else "assistant"
     if roles[-1] != "assistant":
         yield Problem(
             "no_answer",
@@ -133,12 +151,18 @@ def check_text(value: Any, field: str) -> Iterator[Problem]:
         yield Problem("bad_unicode", "the text holds half of a surrogate pair", field)
 
 
-def plain_turns(turns: Sequence[Mapping[str, Any]], spelling: TurnSpelling) -> list[dict[str, str]]:
-    """Return checked turns as role and content."""
-    return [
-        {"role": spelling.roles[turn[spelling.role]], "content": turn[spelling.content]}
-        for turn in turns
-    ]
+def plain_turns(turns: Sequence[Mapping[str, Any]], spelling: TurnSpelling) -> list[dict[str, Any]]:
+    """Return checked turns as role and content, and what they have of tools."""
+    return [_plain_turn(turn, spelling) for turn in turns]
+
+
+def _plain_turn(turn: Mapping[str, Any], spelling: TurnSpelling) -> dict[str, Any]:
+    role = spelling.roles[turn[spelling.role]]
+    plain = {"role": role, "content": turn.get(spelling.content) or ""}
+    for name in _tool_members(role, spelling):
+        if turn.get(name):
+            plain[name] = plain_calls(turn[name]) if name == "tool_calls" else turn[name]
+    return plain
 
 
 def trained_turns(turns: Sequence[Mapping[str, Any]], spelling: TurnSpelling) -> tuple[int, ...]:
@@ -148,6 +172,12 @@ def trained_turns(turns: Sequence[Mapping[str, Any]], spelling: TurnSpelling) ->
         for index, turn in enumerate(turns)
         if spelling.roles[turn[spelling.role]] == "assistant" and turn.get("weight") != 0
     )
+
+
+def _tool_members(role: Any, spelling: TurnSpelling) -> tuple[str, ...]:
+    if not spelling.tools:
+        return ()
+    return {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}.get(str(role), ())
 
 
 def _check_weight(turn: Mapping[str, Any], field: str, spelling: TurnSpelling) -> Iterator[Problem]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from core.data.rendering import encode_text, render_prompt
+from core.data.rows import Problem
+from core.data.tools import check_calls, check_tools, plain_calls
 from core.errors import InvalidInput
-from core.inference.engine import GenerateRequest, SamplingParams
+from core.inference.engine import GenerateRequest, Message, SamplingParams
 
 if TYPE_CHECKING:
     from core.inference.grammar import GrammarCompiler, Matcher
@@ -56,8 +60,9 @@ class PromptEncoder:
 
         Raises:
             InvalidInput: Code `prompt_required`, `empty_prompt`, `no_chat_template`,
-                `prompt_too_long`, `context_length_exceeded`, `min_new_tokens_too_large`,
-                `unknown_token_id`, or those of `GrammarCompiler.compile`.
+                `template_refused`, `tools_unsupported`, `prompt_too_long`,
+                `context_length_exceeded`, `min_new_tokens_too_large`, `unknown_token_id`,
+                or those of `GrammarCompiler.compile`.
         """
         if (request.prompt is None) == (request.messages is None):
             raise InvalidInput(
@@ -70,8 +75,12 @@ class PromptEncoder:
         if request.messages is None:
             ids = encode_text(request.prompt or "", self._tokenizer).ids
         else:
-            messages = [message.model_dump() for message in request.messages]
-            ids = render_prompt(messages, self._tokenizer).ids
+            turns = [
+                _turn(message, f"messages[{index}]")
+                for index, message in enumerate(request.messages)
+            ]
+            _refuse(check_tools(request.tools) if request.tools else ())
+            ids = render_prompt(turns, self._tokenizer, request.tools).ids
         if not ids:
             raise InvalidInput("the prompt is empty", code="empty_prompt", field=source)
         matchers = self._grammars.compile(
@@ -122,6 +131,8 @@ class PromptEncoder:
     def _check_characters(self, request: GenerateRequest, field: str) -> None:
         """Refuse what is too long by far before time is spent on tokenising it."""
         texts = [message.content for message in request.messages or ()]
+        called = [message.tool_calls for message in request.messages or () if message.tool_calls]
+        texts += [json.dumps(value) for value in (*called, request.tools) if value]
         characters = len(request.prompt or "") + sum(map(len, texts))
         if characters > (self._context_length + 1) * self._longest_token:
             raise self._too_long(f"more than {self._context_length:,}", field)
@@ -138,3 +149,17 @@ class PromptEncoder:
             field=field,
             hint="Shorten the prompt, or use a model with a longer context.",
         )
+
+
+def _turn(message: Message, where: str) -> dict[str, Any]:
+    """Return a turn with the members it has, as rows of a data set have them."""
+    turn = message.model_dump(exclude_none=True)
+    if message.tool_calls is not None:
+        _refuse(check_calls(turn["tool_calls"], f"{where}.tool_calls"))
+        turn["tool_calls"] = plain_calls(turn["tool_calls"])
+    return turn
+
+
+def _refuse(problems: Iterable[Problem]) -> None:
+    for problem in problems:
+        raise InvalidInput(problem.message, code=problem.code, field=problem.field)
