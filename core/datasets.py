@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy.orm import Session
 
@@ -29,7 +29,7 @@ def create(
     *,
     filename: str,
     blob: Blob,
-    format: DatasetFormat,  # noqa: A002 (named as the column it fills)
+    format: DatasetFormat | Literal["unknown"],  # noqa: A002 (named as the column it fills)
     rows: int,
     report: dict[str, Any],
     store: ArtifactStore,
@@ -70,7 +70,7 @@ def add_row(
     *,
     filename: str,
     blob: Blob,
-    format: DatasetFormat,  # noqa: A002 (named as the column it fills)
+    format: DatasetFormat | Literal["unknown"],  # noqa: A002 (named as the column it fills)
     rows: int,
     report: dict[str, Any],
 ) -> Dataset:

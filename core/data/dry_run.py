@@ -7,224 +7,182 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from core.data.check import ErrorList, invalid_dataset
-from core.data.detect import DatasetFormat, detect_format
+from core.data.check import invalid_dataset
+from core.data.columns import parse_source
+from core.data.detect import check_method, detect_format
+from core.data.evidence import check_evidence
 from core.data.figures import build_report
-from core.data.ingest import parse_rows
-from core.data.rendering import TrainingRow, render_row
-from core.data.report import DryRunReport, Finding
-from core.data.rows import Problem
+from core.data.pairs import PreferencePair, render_example
+from core.data.rendered import RenderedDataset, RenderedRow, RenderedSource
+from core.data.rendering import TrainingRow
+from core.data.report import DryRunReport, DryRunWarning, Finding
+from core.data.rows import ParsedRow, Problem
 from core.data.schema import Example, check_row, to_example
 from core.data.selection import RowSelector, prepare
+from core.data.sources import DataSource
+from core.data.trained_text import TrainedTextCheck
 from core.errors import InvalidInput
 from core.specs import DataSpec, JobSpec
 
 
-@dataclass(frozen=True)
-class RenderedRow:
-    """A row of the data set as training uses it.
-
-    Attributes:
-        line: Where it stands in the file.
-        same_as: Line of the first row that says the same; `None` when there is no earlier one.
-    """
-
-    line: int
-    example: Example
-    rendered: TrainingRow
-    same_as: int | None = None
-
-
-@dataclass
-class RenderedDataset:
-    """All rows of a data set, or what is wrong with them.
-
-    Attributes:
-        format: Format of the rows; `None` when no row could be read.
-        limit_tokens: Most tokens a row may have.
-        rows: The good rows, in file order.
-        seen: Rows read, bad ones included.
-        dropped: Why rows were left out on the spec's wish → how many.
-        errors: The findings.
-        too_long: Rows over the limit, which are among the findings.
-        longest_tokens: Of these.
-    """
-
-    format: DatasetFormat | None
-    limit_tokens: int
-    rows: list[RenderedRow] = field(default_factory=list)
-    seen: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    errors: ErrorList = field(default_factory=ErrorList)
-    too_long: int = 0
-    longest_tokens: int = 0
-
-    @property
-    def duplicates(self) -> int:
-        """Rows that say the same as an earlier one."""
-        return sum(row.same_as is not None for row in self.rows)
-
-
 def render_dataset(
-    path: Path,
-    format: DatasetFormat | None,  # noqa: A002
+    spec: JobSpec,
+    sources: Sequence[DataSource],
     tokenizer: Any,
     *,
-    max_length: int,
-    spec: DataSpec,
+    context_length: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> RenderedDataset:
     """Read and render all rows.
 
     Args:
-        path: An accepted file; see `core.data.ingest`.
-        format: Format of the rows; found from the first one when `None`.
-        tokenizer: From `load_tokenizer`.
-        max_length: Most tokens a row may have.
-        spec: Which rows are used, and what of them is learnt.
-        check_stop: Called before each row; may raise to end early.
-
-    Raises:
-        InvalidInput: Code `invalid_dataset`, with all findings; or one that concerns the whole
-            data set, such as `no_chat_template`.
-    """
-    data = RenderedDataset(format, max_length)
-    _read(data, path, tokenizer, spec, check_stop)
-    if data.errors.count:
-        raise invalid_dataset(data.errors.listed, data.errors.count)
-    _check_rows_left(data)
-    return data
-
-
-def dry_run(
-    spec: JobSpec,
-    data_path: Path,
-    format: DatasetFormat | None,  # noqa: A002
-    tokenizer: Any,
-    *,
-    context_length: int | None = None,
-    check_stop: Callable[[], None] = lambda: None,
-) -> DryRunReport:
-    """Return what training on a data set would do.
-
-    Args:
         spec: The job.
-        data_path: An accepted file; see `core.data.ingest`.
-        format: Format of the rows.
+        sources: Where the rows come from.
         tokenizer: From `load_tokenizer`, of the base model.
         context_length: Most tokens that the base model can read.
         check_stop: Called before each row; may raise to end early.
 
     Raises:
-        InvalidInput: See `render_dataset`; also `too_few_rows`.
+        InvalidInput: Code `invalid_dataset`, with all findings; or one that concerns a data set as
+            a whole, such as `unknown_column`, `method_format_mismatch` or `too_few_rows`.
     """
+    reader = _Reader(spec, sources, tokenizer, context_length, check_stop)
+    for number in range(len(sources)):
+        reader.read(number)
+    data = reader.data
+    if data.errors.count:
+        raise invalid_dataset(data.errors.listed, data.errors.count)
+    _check_rows_left(spec, data)
+    return data
+
+
+def dry_run(
+    spec: JobSpec,
+    sources: Sequence[DataSource],
+    tokenizer: Any,
+    *,
+    context_length: int | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> DryRunReport:
+    """Return what training would do; takes and raises what `render_dataset` does."""
     data = render_dataset(
-        data_path,
-        format,
-        tokenizer,
-        max_length=row_limit(spec, context_length),
-        spec=spec.data,
-        check_stop=check_stop,
+        spec, sources, tokenizer, context_length=context_length, check_stop=check_stop
     )
-    check_row_count(spec, len(data.rows))
     return build_report(spec, data)
 
 
 def examine(
     spec: JobSpec,
-    data_path: Path,
-    format: DatasetFormat | None,  # noqa: A002
+    sources: Sequence[DataSource],
     tokenizer: Any,
     *,
     context_length: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> DryRunReport:
     """Return what `dry_run` does, with its errors in the report instead of raised."""
-    data = RenderedDataset(format, row_limit(spec, context_length))
+    reader = _Reader(spec, sources, tokenizer, context_length, check_stop)
     whole: list[Finding] = []
-    try:
-        _read(data, data_path, tokenizer, spec.data, check_stop)
-        if not data.errors.count:
-            _check_rows_left(data)
-            check_row_count(spec, len(data.rows))
-    except InvalidInput as error:
-        whole.append(
-            Finding(line=error.line, field=error.field, code=error.code, message=_sentence(error))
-        )
-    return build_report(spec, data, whole)
-
-
-def row_limit(spec: JobSpec, context_length: int | None) -> int:
-    """Return the most tokens a row may have, by the spec and by the base model."""
-    return min(spec.training.max_length, context_length or spec.training.max_length)
-
-
-def check_row_count(spec: JobSpec, rows: int) -> None:
-    """Refuse a data set of which validation would leave nothing to train on.
-
-    Raises:
-        InvalidInput: Code `too_few_rows`.
-    """
-    if spec.data.validation_fraction > 0 and rows < 2:
-        raise InvalidInput(
-            "one row cannot be divided into training and validation rows",
-            code="too_few_rows",
-            field="data.validation_fraction",
-            hint="Send more rows, or set the fraction to 0.",
-        )
-
-
-def _read(
-    data: RenderedDataset,
-    path: Path,
-    tokenizer: Any,
-    spec: DataSpec,
-    check_stop: Callable[[], None],
-) -> None:
-    """Fill in rows and findings."""
-    known: dict[bytes, int] = {}
-    selector = RowSelector(spec)
-    data.dropped = selector.dropped
-    for parsed in parse_rows(path):
-        check_stop()
-        data.seen += 1
-        if selector.slices_off():
-            continue
-        if parsed.problem is not None:
-            data.errors.add(parsed.line, parsed.problem)
-            continue
-        if data.format is None:
-            data.format = detect_format(parsed.row, parsed.line)
-        problems = check_row(parsed.row, data.format)
-        for problem in problems:
-            data.errors.add(parsed.line, problem)
-        if problems:
-            continue
-        example = to_example(parsed.row, data.format)
-        if selector.filters_out(example):
-            continue
-        example = prepare(example, spec)
+    for number, source in enumerate(sources):
         try:
-            rendered = render_row(example, tokenizer)
-            _check_tokens(data, rendered)
+            reader.read(number)
+        except InvalidInput as error:
+            whole.append(_finding(error, source.name or None))
+    if not reader.data.errors.count and not whole:
+        try:
+            _check_rows_left(spec, reader.data)
+        except InvalidInput as error:
+            whole.append(_finding(error, None))
+    return build_report(spec, reader.data, whole)
+
+
+class _Reader:
+    """Reads the sources of a job one after the other; `data` is what they came to."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        sources: Sequence[DataSource],
+        tokenizer: Any,
+        context_length: int | None,
+        check_stop: Callable[[], None],
+    ) -> None:
+        # The format that an upload was found in is that of its own columns.
+        formats = [None if spec.data.columns else source.format for source in sources]
+        self.data = RenderedDataset(
+            min(spec.training.max_length, context_length or spec.training.max_length),
+            [RenderedSource(*read) for read in zip(sources, formats, strict=True)],
+        )
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._check_stop = check_stop
+        self._trained_text = TrainedTextCheck(tokenizer)
+        # What a row says → position of the first that says it.
+        self._known: dict[bytes, int] = {}
+
+    def read(self, number: int) -> None:
+        """Read one source.
+
+        Raises:
+            InvalidInput: It is unusable as a whole; findings in rows are in `data`.
+        """
+        read = self.data.sources[number]
+        check_method(self._spec.method.type, read.format)
+        selector = RowSelector(_selection(self._spec.data, read.source))
+        read.dropped = selector.dropped
+        for parsed in parse_source(read.source.path, self._spec.data.columns):
+            self._check_stop()
+            read.seen += 1
+            if selector.slices_off():
+                continue
+            example = self._understand(parsed, read)
+            if example is not None and not selector.filters_out(example):
+                self._render(prepare(example, self._spec.data), parsed.line, number)
+        self.data.notes = [
+            DryRunWarning(code=code, message=message)
+            for code, message in self._trained_text.notes()
+        ]
+
+    def _understand(self, parsed: ParsedRow, read: RenderedSource) -> Example | None:
+        problems = [parsed.problem] if parsed.problem is not None else []
+        if not problems:
+            if read.format is None:
+                read.format = detect_format(parsed.row, parsed.line)
+                check_method(self._spec.method.type, read.format)
+            problems = check_row(parsed.row, read.format)
+        for problem in problems:
+            self.data.errors.add(parsed.line, problem, read.source.name)
+        return None if problems or read.format is None else to_example(parsed.row, read.format)
+
+    def _render(self, example: Example, line: int, number: int) -> None:
+        try:
+            rendered = render_example(example, self._tokenizer)
+            _check_tokens(self.data, rendered)
+            self._trained_text.check(example, rendered)
         except InvalidInput as error:
             if error.code == "no_chat_template":
                 raise
-            data.errors.add(parsed.line, Problem(error.code, _sentence(error), error.field))
-            continue
-        same_as = known.setdefault(_identity(example), parsed.line)
-        data.rows.append(
-            RenderedRow(parsed.line, example, rendered, None if same_as == parsed.line else same_as)
+            problem = Problem(error.code, _sentence(error), error.field)
+            self.data.errors.add(line, problem, self.data.sources[number].source.name)
+            return
+        at = len(self.data.rows)
+        first = self._known.setdefault(_identity(example), at)
+        self.data.rows.append(
+            RenderedRow(line, example, rendered, None if first == at else first, number)
         )
 
 
-def _check_tokens(data: RenderedDataset, rendered: TrainingRow) -> None:
-    tokens = len(rendered.input_ids)
+def _selection(spec: DataSpec, source: DataSource) -> DataSpec:
+    """Return what is selected of a source: the slice is of what is learnt, filters are for all."""
+    if source.role == "training":
+        return spec
+    return spec.model_copy(update={"skip_rows": 0, "max_rows": None})
+
+
+def _check_tokens(data: RenderedDataset, rendered: TrainingRow | PreferencePair) -> None:
+    tokens = rendered.longest
     if tokens > data.limit_tokens:
         data.too_long += 1
         data.longest_tokens = max(data.longest_tokens, tokens)
@@ -237,12 +195,28 @@ def _check_tokens(data: RenderedDataset, rendered: TrainingRow) -> None:
         raise InvalidInput("the row has no token to learn", code="no_trained_tokens")
 
 
-def _check_rows_left(data: RenderedDataset) -> None:
-    if not data.rows:
+def _check_rows_left(spec: JobSpec, data: RenderedDataset) -> None:
+    learnt = sum(not data.validates(row) for row in data.rows)
+    if not learnt:
         raise _no_rows(data.dropped)
+    if spec.data.validation_fraction > 0 and learnt < 2:
+        raise InvalidInput(
+            "one row cannot be divided into training and validation rows",
+            code="too_few_rows",
+            field="data.validation_fraction",
+            hint="Send more rows, or set the fraction to 0.",
+        )
+    if spec.data.validation_dataset is not None and learnt == len(data.rows):
+        raise InvalidInput(
+            "no row is left to validate on",
+            code="no_validation_rows",
+            field="data.validation_dataset",
+            hint="Use a data set with rows that the filters of the spec keep.",
+        )
+    check_evidence(spec, len(data.divide(spec)[1]))
 
 
-def _no_rows(dropped: dict[str, int]) -> InvalidInput:
+def _no_rows(dropped: Mapping[str, int]) -> InvalidInput:
     if not dropped:
         return InvalidInput("the data set has no rows", code="empty_dataset")
     reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(dropped.items()))
@@ -254,12 +228,28 @@ def _no_rows(dropped: dict[str, int]) -> InvalidInput:
     )
 
 
+def _finding(error: InvalidInput, dataset: str | None) -> Finding:
+    return Finding(
+        dataset=dataset,
+        line=error.line,
+        field=error.field,
+        code=error.code,
+        message=_sentence(error),
+    )
+
+
 def _sentence(error: InvalidInput) -> str:
     return f"{error.message}. {error.hint}" if error.hint else error.message
 
 
 def _identity(example: Example) -> bytes:
     content = json.dumps(
-        [example.messages, example.prompt, example.completion], ensure_ascii=True, sort_keys=True
+        [_content(example), example.rejected and _content(example.rejected)],
+        ensure_ascii=True,
+        sort_keys=True,
     )
     return hashlib.blake2b(content.encode("ascii"), digest_size=16).digest()
+
+
+def _content(example: Example) -> list[Any]:
+    return [example.messages, example.prompt, example.completion, example.tools]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
+from core.data.rendering import Span, TrainingRow
 from core.data.report import (
     Bucket,
     DryRunReport,
@@ -14,14 +16,15 @@ from core.data.report import (
     Finding,
     SameRows,
     Sample,
+    SourceFigures,
     TokenCounts,
     TooLong,
 )
-from core.data.split import count_steps, split_rows
+from core.data.split import count_steps
 from core.specs import JobSpec
 
 if TYPE_CHECKING:
-    from core.data.dry_run import RenderedDataset, RenderedRow
+    from core.data.rendered import RenderedDataset, RenderedRow
 
 BUCKET_EDGES: Final = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 """The least token count of each bucket of the histogram."""
@@ -48,22 +51,25 @@ def build_report(
         whole: Errors that concern the data set as a whole.
     """
     rows = data.rows
-    training, validation = split_rows(len(rows), spec.data, spec.training.seed)
-    first_in_training: dict[int, int] = {}
-    for index in training:
-        first_in_training.setdefault(_group(rows[index]), rows[index].line)
+    training, validation = data.positions(spec)
+    first_in_training: dict[int, RenderedRow] = {}
+    for at in training:
+        first_in_training.setdefault(_group(rows, at), rows[at])
     overlap = [
-        SameRows(line=rows[index].line, same_as_line=first_in_training[_group(rows[index])])
-        for index in validation
-        if _group(rows[index]) in first_in_training
+        _same(data, rows[at], first_in_training[_group(rows, at)])
+        for at in validation
+        if _group(rows, at) in first_in_training
     ]
     duplicates = [
-        SameRows(line=row.line, same_as_line=row.same_as) for row in rows if row.same_as is not None
+        _same(data, row, rows[row.same_as])
+        for row in rows
+        # What a data set for validation has of the training rows is overlap.
+        if row.same_as is not None and data.validates(row) == data.validates(rows[row.same_as])
     ]
-    lengths = sorted(len(row.rendered.input_ids) for row in rows)
+    lengths = sorted(row.rendered.tokens for row in rows)
     trained = [row.rendered.trained_tokens for row in rows]
     steps = count_steps(len(training), spec.training) if training else 0
-    per_epoch = sum(len(rows[index].rendered.input_ids) for index in training)
+    per_epoch = sum(rows[at].rendered.tokens for at in training)
     findings = [
         *whole,
         *(Finding.model_validate(error.model_dump()) for error in data.errors.listed),
@@ -71,6 +77,7 @@ def build_report(
     return DryRunReport(
         valid=not findings,
         format=data.format,
+        sources=_describe_sources(data, training) if len(data.sources) > 1 else [],
         rows_read=data.seen,
         rows=len(rows),
         dropped=data.dropped,
@@ -95,14 +102,55 @@ def build_report(
         steps=steps,
         tokens_per_epoch=per_epoch,
         total_tokens=_total_tokens(spec, len(training), steps, per_epoch),
-        sample=_sample(rows[0]) if rows else None,
-        warnings=_warnings(data, duplicates, overlap, lengths, trained, len(training)),
+        sample=_sample(data, rows[0]) if rows else None,
+        warnings=[
+            *data.notes,
+            *_warnings(data, duplicates, overlap, lengths, trained, len(training)),
+            *_setting_warnings(spec),
+        ],
     )
 
 
-def _group(row: RenderedRow) -> int:
-    """Return the first line of those that say the same."""
-    return row.line if row.same_as is None else row.same_as
+def _setting_warnings(spec: JobSpec) -> list[DryRunWarning]:
+    if not spec.training.packing:
+        return []
+    message = (
+        "rows are not packed: no attention kernel in use keeps rows of one sequence apart; rows of "
+        "similar length share a forward pass instead"
+    )
+    return [DryRunWarning(code="not_packed", message=message, lines=[])]
+
+
+def _group(rows: Sequence[RenderedRow], at: int) -> int:
+    """Return the first position of those that say the same."""
+    first = rows[at].same_as
+    return at if first is None else first
+
+
+def _same(data: RenderedDataset, row: RenderedRow, first: RenderedRow) -> SameRows:
+    return SameRows(
+        line=row.line,
+        same_as_line=first.line,
+        dataset=data.name_of(row),
+        same_as_dataset=data.name_of(first),
+    )
+
+
+def _describe_sources(data: RenderedDataset, training: Iterable[int]) -> list[SourceFigures]:
+    kept = Counter(row.source for row in data.rows)
+    used = Counter(data.rows[at].source for at in training)
+    return [
+        SourceFigures(
+            dataset=read.source.name,
+            role=read.source.role,
+            weight=read.source.weight,
+            format=read.format,
+            rows_read=read.seen,
+            rows=kept[number],
+            rows_per_epoch=used[number],
+        )
+        for number, read in enumerate(data.sources)
+    ]
 
 
 def _total_tokens(spec: JobSpec, training_rows: int, steps: int, per_epoch: int) -> int:
@@ -153,14 +201,27 @@ def _fill(counts: Iterable[int]) -> list[int]:
     return filled
 
 
-def _sample(row: RenderedRow) -> Sample:
-    text = row.rendered.text[:_MAX_SAMPLE_CHARACTERS]
-    spans = [
-        (span.start, min(span.end, len(text)))
-        for span in row.rendered.spans
-        if span.start < len(text)
+def _sample(data: RenderedDataset, row: RenderedRow) -> Sample:
+    rendered = row.rendered
+    text, spans = _shorten(rendered.text, rendered.spans)
+    if isinstance(rendered, TrainingRow):
+        return Sample(dataset=data.name_of(row), line=row.line, text=text, spans=spans)
+    rejected_text, rejected_spans = _shorten(rendered.rejected_text, rendered.rejected_spans)
+    return Sample(
+        dataset=data.name_of(row),
+        line=row.line,
+        text=text,
+        spans=spans,
+        rejected_text=rejected_text,
+        rejected_spans=rejected_spans,
+    )
+
+
+def _shorten(text: str, spans: Iterable[Span]) -> tuple[str, list[tuple[int, int]]]:
+    text = text[:_MAX_SAMPLE_CHARACTERS]
+    return text, [
+        (span.start, min(span.end, len(text))) for span in spans if span.start < len(text)
     ]
-    return Sample(line=row.line, text=text, spans=spans)
 
 
 def _warnings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from logging import ERROR, getLogger
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -34,5 +35,7 @@ def silence_libraries() -> None:
     os.environ.setdefault(*_WAIT_POLICY)
     from transformers.utils import logging
 
+    # Where it is installed, PEFT imports it, and it asks for a kernel from the network.
+    getLogger("bitsandbytes").setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -15,6 +17,7 @@ class _Part(BaseModel):
 class Finding(_Part):
     """One error; `line` is 1-based, in the file or in the list of inline rows."""
 
+    dataset: str | None = Field(None, description="Which one, of a job with several.")
     line: int | None = Field(description="`null` when it concerns the whole data set.")
     field: str | None = None
     code: str
@@ -26,6 +29,20 @@ class SameRows(_Part):
 
     line: int
     same_as_line: int
+    dataset: str | None = Field(None, description="Which one, of a job with several.")
+    same_as_dataset: str | None = None
+
+
+class SourceFigures(_Part):
+    """One data set of a job with several."""
+
+    dataset: str
+    role: Literal["training", "validation"]
+    weight: float
+    format: str | None
+    rows_read: int
+    rows: int = Field(description="That are left of it.")
+    rows_per_epoch: int = Field(description="By its weight, without those that validate.")
 
 
 class TooLong(_Part):
@@ -59,9 +76,14 @@ class Bucket(_Part):
 class Sample(_Part):
     """The first row as the model reads it, and which parts of it are learnt."""
 
+    dataset: str | None = Field(None, description="Which one, of a job with several.")
     line: int
     text: str
     spans: list[tuple[int, int]] = Field(description="Start and end of learnt characters.")
+    rejected_text: str | None = Field(
+        None, description="Of a preference pair: the prompt and the answer that was rejected."
+    )
+    rejected_spans: list[tuple[int, int]] = []
 
 
 class DryRunWarning(_Part):
@@ -69,7 +91,8 @@ class DryRunWarning(_Part):
 
     code: str = Field(
         description="`duplicate_rows`, `train_validation_overlap`, `few_rows`, `most_rows_dropped`,"
-        " `little_to_learn` or `long_rows_dominate`."
+        " `little_to_learn` or `long_rows_dominate`; of the template `chatml_fallback`,"
+        " `template_dated` or `template_adds_text`."
     )
     message: str
     lines: list[int] = Field([], description="The first lines concerned, at most 20.")
@@ -80,12 +103,14 @@ class DryRunReport(_Part):
 
     Attributes:
         valid: Whether a job would go on to training.
-        rows_read: All rows of the data set.
+        sources: Of a job with several data sets or one of its own for validation.
+        rows_read: All rows of the data sets.
         rows: Rows that are left to train and validate on.
         dropped: Why the spec leaves rows out → how many.
         error_count: All errors; `errors` has the first 100.
         duplicates: Rows that say exactly the same as an earlier one; `duplicate_rows` has the
             first 20.
+        training_rows: That one epoch learns from, each as often as its data set's weight says.
         overlap: Validation rows that training has as well; `overlap_rows` has the first 20.
         trained_tokens: Tokens of all rows that count in the loss.
         tokens_per_epoch: Tokens of the training rows.
@@ -94,6 +119,7 @@ class DryRunReport(_Part):
 
     valid: bool
     format: str | None
+    sources: list[SourceFigures] = []
     rows_read: int
     rows: int
     dropped: dict[str, int]

@@ -55,7 +55,12 @@ class RowSelector:
 
 
 def prepare(example: Example, spec: DataSpec) -> Example:
-    """Return a row as the spec wants it trained: its system turn, and what counts in the loss."""
+    """Return a row as the spec wants it trained: its system turn, and what counts in the loss.
+
+    Of a preference pair the two answers count; specs cannot ask for anything else.
+    """
+    if example.rejected is not None:
+        example = replace(example, rejected=prepare(example.rejected, spec))
     if spec.system_prompt and example.messages and example.messages[0]["role"] != "system":
         trained = example.trained
         example = replace(
@@ -70,7 +75,9 @@ def prepare(example: Example, spec: DataSpec) -> Example:
 
 def _texts(example: Example) -> list[tuple[Role, str]]:
     """Return the row's texts by role; of plain text, the prompt is the user's."""
+    if example.rejected is not None:
+        return [*_texts(replace(example, rejected=None)), *_texts(example.rejected)[-1:]]
     if example.messages is None:
         texts: list[tuple[Role, str]] = [("assistant", example.completion)]
         return [("user", example.prompt), *texts] if example.prompt else texts
-    return [(turn["role"], turn["content"]) for turn in example.messages]  # type: ignore[misc]
+    return [(turn["role"], turn["content"]) for turn in example.messages if turn["content"]]

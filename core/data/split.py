@@ -23,6 +23,20 @@ def split_rows(count: int, spec: DataSpec, seed: int) -> tuple[list[int], list[i
     return [index for index in range(count) if index not in chosen], validation
 
 
+def repeat_rows(rows: list[int], weight: float, seed: str) -> list[int]:
+    """Return the rows of one source as an epoch uses them.
+
+    Each comes as often as the weight's whole part says, and those that the seed chooses once more
+    for its fraction. A source that has rows has one in every epoch.
+    """
+    whole = math.floor(weight)
+    more = math.floor(len(rows) * (weight - whole) + 0.5)
+    if rows and not whole:
+        more = max(1, more)
+    chosen = sorted(random.Random(f"weight-{seed}").sample(range(len(rows)), more))
+    return rows * whole + [rows[index] for index in chosen]
+
+
 def count_steps(rows: int, spec: TrainingSpec) -> int:
     """Return the optimizer steps that training on `rows` rows takes.
 

@@ -15,7 +15,9 @@ from typing import Any, BinaryIO
 from core.data.rows import ParsedRow, Problem
 from core.errors import InvalidInput, TooLarge
 
-_NESTED_COLUMNS = ("messages", "conversations")
+_NESTED_COLUMNS = ("messages", "conversations", "tools")
+# Columns that hold a text or a list of turns.
+_TURNS_OR_TEXT = ("prompt", "completion", "chosen", "rejected")
 _MAX_CELL_CHARACTERS = 16 * 1024**2
 _MAX_UNPACKED_BYTES = 8 * 1024**3
 _BATCH_ROWS = 256
@@ -116,6 +118,11 @@ def _csv_row(line: int, header: list[str], cells: list[str]) -> ParsedRow:
         message = f"the row has {len(cells)} cells and the header {len(header)}"
         return ParsedRow(line, {}, Problem("wrong_columns", message))
     row: dict[str, Any] = {name.strip(): cell for name, cell in zip(header, cells, strict=True)}
+    if not row.get("tools"):
+        row.pop("tools", None)
+    for name in _TURNS_OR_TEXT:
+        if name in row:
+            row[name] = _as_turns(row[name])
     for name in _NESTED_COLUMNS:
         if name in row:
             try:
@@ -124,6 +131,18 @@ def _csv_row(line: int, header: list[str], cells: list[str]) -> ParsedRow:
                 problem = Problem("malformed_json", f"the cell is no JSON: {error}", name)
                 return ParsedRow(line, {}, problem)
     return ParsedRow(line, row)
+
+
+def _as_turns(cell: str) -> Any:
+    """Return the list of turns that a cell spells out, or the cell itself."""
+    if not cell.lstrip().startswith("["):
+        return cell
+    try:
+        turns = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    spelled = turns and all(isinstance(turn, dict) and "role" in turn for turn in turns)
+    return turns if spelled else cell
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,18 @@ from core.errors import InvalidInput
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be kind."}
+RESULT = {"role": "tool", "content": "12 degrees"}
+RESULT_ID = "messages[2].tool_call_id"
+ARGUMENTS = "messages[1].tool_calls[0].function.arguments"
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": arguments}
+    calls = [{"id": "call_1", "type": "function", "function": function}]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+CALL = call('{"city": "Paris"}')
 
 
 def findings(row: dict[str, Any], good: dict[str, Any] | None = None) -> list[tuple[str, str]]:
@@ -31,6 +43,9 @@ def findings(row: dict[str, Any], good: dict[str, Any] | None = None) -> list[tu
         [SYSTEM, USER, ASSISTANT, USER, ASSISTANT],
         [USER, ASSISTANT | {"name": None}],
         [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"weight": 1}],
+        [USER, CALL],
+        [USER, CALL | {"content": "Let me see."}, RESULT, RESULT, ASSISTANT, USER, ASSISTANT],
+        [USER, CALL, RESULT, CALL, RESULT | {"tool_call_id": "call_1"}, ASSISTANT],
     ],
 )
 def test_conversations_that_can_be_trained_pass(messages: list[dict[str, Any]]) -> None:
@@ -50,7 +65,17 @@ def test_conversations_that_can_be_trained_pass(messages: list[dict[str, Any]]) 
         ([USER, USER, ASSISTANT], "role_order", "messages[1]"),
         ([USER, ASSISTANT, ASSISTANT], "role_order", "messages[2]"),
         ([USER, SYSTEM, ASSISTANT], "role_order", "messages[1]"),
-        ([USER, {"role": "tool", "content": "1"}], "unknown_role", "messages[1].role"),
+        ([USER, {"role": "tool", "content": "1"}], "role_order", "messages[1]"),
+        ([USER, CALL, ASSISTANT], "role_order", "messages[2]"),
+        ([USER, CALL, RESULT, USER], "role_order", "messages[3]"),
+        ([USER, CALL, RESULT], "no_answer", "messages[2]"),
+        ([USER, CALL | {"tool_calls": []}], "wrong_type", "messages[1].tool_calls"),
+        ([USER, USER | {"tool_calls": [{}]}], "unsupported_field", "messages[1].tool_calls"),
+        ([USER, call("[1]")], "invalid_arguments", ARGUMENTS),
+        ([USER, call("{")], "invalid_arguments", ARGUMENTS),
+        ([USER, call(3)], "invalid_arguments", ARGUMENTS),
+        ([USER, CALL, RESULT | {"tool_call_id": 3}, ASSISTANT], "wrong_type", RESULT_ID),
+        ([USER, CALL, RESULT | {"tool_call_id": "x"}, ASSISTANT], "unknown_tool_call", RESULT_ID),
         ([USER, {"role": ["x"], "content": "1"}], "unknown_role", "messages[1].role"),
         ([USER, {"content": "1"}], "unknown_role", "messages[1].role"),
         ([USER, {"role": "assistant"}], "wrong_type", "messages[1].content"),
@@ -75,9 +100,29 @@ def test_rows_of_another_format_are_found() -> None:
     assert findings({"prompt": "a"}, pair) == [("missing_field", "completion")]
 
 
+def test_rows_with_tools_pass_and_what_only_openai_does_with_them_is_named() -> None:
+    function = {"name": "weather", "description": None, "parameters": None}
+    row = {
+        "messages": [USER, CALL, RESULT, ASSISTANT],
+        "tools": [{"type": "function", "function": function}],
+        "parallel_tool_calls": False,
+    }
+    report = check_rows([row])
+    assert (report.errors, report.ignored_fields) == ([], ["parallel_tool_calls"])
+    example = to_example(row, "messages")
+    assert example.tools == row["tools"]
+    assert example.messages is not None
+    assert example.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+    assert example.trained == (1, 3)
+
+
 def test_fields_that_change_the_meaning_are_refused_and_others_named() -> None:
     row = {"messages": [USER, ASSISTANT]}
-    assert findings(row | {"tools": []}) == [("unsupported_field", "tools")]
+    assert findings(row | {"functions": []}) == [("unsupported_field", "functions")]
+    assert findings(row | {"tools": []}) == [("wrong_type", "tools")]
+    assert findings(row | {"tools": [{"type": "function", "function": {}}]}) == [
+        ("wrong_type", "tools[0].function.name")
+    ]
     assert check_rows([row | {"id": 1}, row | {"topic": "x"}]).ignored_fields == ["id", "topic"]
 
 

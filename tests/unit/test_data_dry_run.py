@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from core.data.dry_run import dry_run, examine
+from core.data.sources import DataSource
 from core.data.split import count_steps, split_rows
 from core.errors import InvalidInput
 from core.specs import DataSpec, JobSpec, TrainingSpec
@@ -36,8 +37,7 @@ def test_the_report_counts_what_training_will_see(tmp_path: Path, tokenizer: Any
     rows = [pair("0:", "1" * count) for count in range(1, 11)] + [pair("0:", "1")]
     report = dry_run(
         spec(data={"validation_fraction": 0.2}, training={"epochs": 2}),
-        write(tmp_path, rows),
-        None,
+        [DataSource(path=write(tmp_path, rows))],
         tokenizer,
     )
     assert (report.valid, report.format) == (True, "prompt_completion")
@@ -51,7 +51,8 @@ def test_the_report_counts_what_training_will_see(tmp_path: Path, tokenizer: Any
     assert (report.trained_tokens, report.steps) == (67, 6)
     assert report.total_tokens == 2 * report.tokens_per_epoch
     assert report.sample is not None
-    assert report.sample.model_dump() == {"line": 1, "text": "0:1<|im_end|>", "spans": [(2, 13)]}
+    sample = report.sample.model_dump(exclude_defaults=True)
+    assert sample == {"line": 1, "text": "0:1<|im_end|>", "spans": [(2, 13)]}
 
 
 def test_an_examination_tells_every_error_and_goes_on_with_the_rest(
@@ -59,7 +60,7 @@ def test_an_examination_tells_every_error_and_goes_on_with_the_rest(
 ) -> None:
     rows = [pair("a", "b"), pair("a", "b " * 40), {"prompt": "a"}, pair("a", "c" * 50)]
     path = write(tmp_path, rows)
-    report = examine(spec(training={"max_length": 20}), path, None, tokenizer)
+    report = examine(spec(training={"max_length": 20}), [DataSource(path=path)], tokenizer)
     assert (report.valid, report.rows_read, report.rows, report.error_count) == (False, 4, 1, 3)
     found = [(error.line, error.field, error.code) for error in report.errors]
     assert found == [
@@ -81,7 +82,7 @@ def test_an_examination_tells_every_error_and_goes_on_with_the_rest(
 def test_an_examination_tells_what_is_wrong_with_the_whole(
     tmp_path: Path, tokenizer: Any, code: str, rows: list[dict[str, Any]], data: dict[str, Any]
 ) -> None:
-    report = examine(spec(data=data), write(tmp_path, rows), None, tokenizer)
+    report = examine(spec(data=data), [DataSource(path=write(tmp_path, rows))], tokenizer)
     assert not report.valid
     assert [error.code for error in report.errors] == [code]
 
@@ -89,8 +90,7 @@ def test_an_examination_tells_what_is_wrong_with_the_whole(
 def test_rows_in_both_sets_are_named(tmp_path: Path, tokenizer: Any) -> None:
     report = dry_run(
         spec(data={"validation_fraction": 0.5}),
-        write(tmp_path, [pair("a", "b")] * 6),
-        None,
+        [DataSource(path=write(tmp_path, [pair("a", "b")] * 6))],
         tokenizer,
     )
     _, validation = split_rows(6, DataSpec(validation_fraction=0.5), 0)
@@ -103,7 +103,7 @@ def test_rows_in_both_sets_are_named(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_warnings_need_a_reason(tmp_path: Path, tokenizer: Any) -> None:
     def codes(rows: list[dict[str, Any]], **members: Any) -> list[str]:
-        report = dry_run(spec(**members), write(tmp_path, rows), None, tokenizer)
+        report = dry_run(spec(**members), [DataSource(path=write(tmp_path, rows))], tokenizer)
         return [warning.code for warning in report.warnings]
 
     plain = [pair(str(n), f"answer {n}") for n in range(40)]
@@ -118,9 +118,8 @@ def test_warnings_need_a_reason(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_the_histogram_has_every_row_once(tmp_path: Path, tokenizer: Any) -> None:
-    report = dry_run(
-        spec(), write(tmp_path, [pair("0", "1" * n) for n in (1, 13, 14, 15, 80)]), None, tokenizer
-    )
+    path = write(tmp_path, [pair("0", "1" * n) for n in (1, 13, 14, 15, 80)])
+    report = dry_run(spec(), [DataSource(path=path)], tokenizer)
     buckets = [(b.from_tokens, b.to_tokens, b.rows, b.rows_by_trained) for b in report.histogram]
     assert buckets == [(1, 16, 2, 3), (16, 32, 2, 1), (32, 64, 0, 0), (64, 128, 1, 1)]
 
@@ -128,7 +127,9 @@ def test_the_histogram_has_every_row_once(tmp_path: Path, tokenizer: Any) -> Non
 def test_every_bad_row_is_listed_with_its_line(tmp_path: Path, tokenizer: Any) -> None:
     rows = [pair("a", "b"), pair("a", "b " * 40), {"prompt": "a"}, pair("a", "c" * 50)]
     with pytest.raises(InvalidInput) as caught:
-        dry_run(spec(training={"max_length": 20}), write(tmp_path, rows), None, tokenizer)
+        dry_run(
+            spec(training={"max_length": 20}), [DataSource(path=write(tmp_path, rows))], tokenizer
+        )
     assert caught.value.code == "invalid_dataset"
     found = [(error["line"], error["code"]) for error in caught.value.errors]
     assert found == [(2, "row_too_long"), (3, "missing_field"), (4, "row_too_long")]
@@ -136,23 +137,23 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path: Path, tokenizer: Any) -
 
 def test_the_models_context_limits_rows_too(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path, [pair("a", "1" * 30)])
-    assert dry_run(spec(), path, None, tokenizer, context_length=32).rows == 1
+    assert dry_run(spec(), [DataSource(path=path)], tokenizer, context_length=32).rows == 1
     with pytest.raises(InvalidInput, match="32 tokens and the limit is 31"):
-        dry_run(spec(), path, None, tokenizer, context_length=31)
+        dry_run(spec(), [DataSource(path=path)], tokenizer, context_length=31)
 
 
 def test_messages_without_a_template_are_refused_once(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write(tmp_path, [{"messages": turns}] * 2)
     with pytest.raises(InvalidInput) as caught:
-        dry_run(spec(), path, None, make_tokenizer(None))
+        dry_run(spec(), [DataSource(path=path)], make_tokenizer(None))
     assert caught.value.code == "no_chat_template"
 
 
 def test_one_row_cannot_be_split(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path, [pair("a", "b")])
     with pytest.raises(InvalidInput) as caught:
-        dry_run(spec(data={"validation_fraction": 0.1}), path, None, tokenizer)
+        dry_run(spec(data={"validation_fraction": 0.1}), [DataSource(path=path)], tokenizer)
     assert (caught.value.code, caught.value.field) == ("too_few_rows", "data.validation_fraction")
 
 

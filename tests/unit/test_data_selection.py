@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from core.data.dry_run import dry_run, render_dataset
+from core.data.rendered import RenderedDataset
 from core.data.rendering import IGNORED_LABEL, render_row
 from core.data.schema import Example
 from core.data.selection import prepare
+from core.data.sources import DataSource
 from core.errors import InvalidInput
 from core.specs import DataSpec, JobSpec
 from tests.support.tiny_model import make_tokenizer
@@ -42,6 +44,18 @@ def dialogue(question: str, answer: str) -> dict[str, Any]:
     }
 
 
+def read(
+    tmp_path: Path,
+    rows: list[Any],
+    data: DataSpec,
+    tokenizer: Any,
+    format: Any = None,  # noqa: A002
+) -> RenderedDataset:
+    spec = JobSpec(base_model="tiny", dataset="file-1", data=data)
+    source = DataSource(path=write(tmp_path, rows), format=format)
+    return render_dataset(spec, [source], tokenizer)
+
+
 def test_filters_leave_out_rows_by_the_length_of_a_role_and_count_them(
     tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -55,7 +69,7 @@ def test_filters_leave_out_rows_by_the_length_of_a_role_and_count_them(
     spec = DataSpec(
         min_chars={"assistant": 5}, max_chars={"user": 10, "assistant": 5}, shuffle=False
     )
-    data = render_dataset(write(tmp_path, rows), None, tokenizer, max_length=512, spec=spec)
+    data = read(tmp_path, rows, spec, tokenizer)
     assert [row.line for row in data.rows] == [1, 2]
     assert data.dropped == {"max_chars.user": 1, "min_chars.assistant": 1, "max_chars.assistant": 1}
     assert data.seen == 5
@@ -64,7 +78,7 @@ def test_filters_leave_out_rows_by_the_length_of_a_role_and_count_them(
 def test_a_slice_is_taken_before_the_filters(tmp_path: Path, tokenizer: Any) -> None:
     rows = [dialogue(str(number), "a") for number in range(10)]
     spec = DataSpec(skip_rows=2, max_rows=3)
-    data = render_dataset(write(tmp_path, rows), None, tokenizer, max_length=512, spec=spec)
+    data = read(tmp_path, rows, spec, tokenizer)
     assert [row.line for row in data.rows] == [3, 4, 5]
     assert data.dropped == {"skip_rows": 2, "max_rows": 5}
 
@@ -72,7 +86,7 @@ def test_a_slice_is_taken_before_the_filters(tmp_path: Path, tokenizer: Any) -> 
 def test_rows_outside_the_slice_may_be_faulty(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"messages": []}, dialogue("q", "a"), {"messages": []}]
     spec = DataSpec(skip_rows=1, max_rows=1)
-    data = render_dataset(write(tmp_path, rows), "messages", tokenizer, max_length=512, spec=spec)
+    data = read(tmp_path, rows, spec, tokenizer, "messages")
     assert [row.line for row in data.rows] == [2]
 
 
@@ -86,7 +100,7 @@ def test_a_spec_that_leaves_nothing_says_what_left_it_out(tmp_path: Path, tokeni
         }
     )
     with pytest.raises(InvalidInput, match=r"min_chars\.assistant 2, skip_rows 1") as caught:
-        dry_run(spec, path, None, tokenizer)
+        dry_run(spec, [DataSource(path=path)], tokenizer)
     assert caught.value.code == "no_rows_left"
 
 

@@ -55,6 +55,29 @@ def test_a_conversation_stands_in_its_cell_as_json(tmp_path: Path) -> None:
     ]
 
 
+def test_answers_in_cells_are_texts_or_turns(tmp_path: Path) -> None:
+    def answer(text: str) -> str:
+        return '"' + json.dumps([{"role": "assistant", "content": text}]).replace('"', '""') + '"'
+
+    prompt = answer("Hi").replace("assistant", "user")
+    turns = f"prompt,chosen,rejected\n{prompt},{answer('good')},{answer('bad')}\n"
+    report = check_file(write(tmp_path, turns), "rows.csv")
+    assert (report.format, report.errors) == ("preference", [])
+    (_, row), *_ = read_rows(tmp_path / "blob")
+    assert row["chosen"] == [{"role": "assistant", "content": "good"}]
+    path = write(tmp_path, "prompt,completion\na,[1]\nb,[{no\n")
+    assert [row["completion"] for _, row in read_rows(path)] == ["[1]", "[{no"]
+
+
+def test_tools_stand_in_their_cell_as_json_or_not_at_all(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    cells = ['"' + json.dumps(value).replace('"', '""') + '"' for value in (turns, tools)]
+    path = write(tmp_path, f"messages,tools\n{cells[0]},{cells[1]}\n{cells[0]},\n")
+    assert check_file(path, "rows.csv").errors == []
+    assert [row.get("tools") for _, row in read_rows(path)] == [tools, None]
+
+
 @pytest.mark.parametrize(
     ("bad", "line", "code"),
     [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import delete, exists, select
 from sqlalchemy.orm import Session
 
-from core.db.models import Dataset, Job, JobCheckpoint
+from core.db.models import Dataset, Export, Job, JobCheckpoint, JobSource
 from core.db.repositories.dialect import is_key
 from core.errors import NotFound
 from core.job_status import UNFINISHED
@@ -62,11 +62,13 @@ class DatasetRepository:
 
     def is_needed(self, dataset_id: str) -> bool:
         """Tell whether a waiting or running job needs the data set."""
-        return bool(
-            self._session.scalar(
-                select(exists().where(Job.dataset_id == dataset_id, Job.status.in_(UNFINISHED)))
-            )
+        alone = exists().where(Job.dataset_id == dataset_id, Job.status.in_(UNFINISHED))
+        beside = exists().where(
+            JobSource.dataset_id == dataset_id,
+            Job.id == JobSource.job_id,
+            Job.status.in_(UNFINISHED),
         )
+        return any(self._session.scalar(select(used)) for used in (alone, beside))
 
     def list(self, *, before: str | None, limit: int) -> Sequence[Dataset]:
         """Return data sets older than the id `before`, newest first."""
@@ -82,8 +84,8 @@ def find_by_id(session: Session, dataset_id: str) -> Dataset | None:
 
 
 def is_referenced(session: Session, sha256: str) -> bool:
-    """Tell whether a data set or a checkpoint of any project has these bytes."""
+    """Tell whether a data set, a checkpoint or an export of any project has these bytes."""
     return any(
         session.scalar(select(exists().where(table.sha256 == sha256)))
-        for table in (Dataset, JobCheckpoint)
+        for table in (Dataset, JobCheckpoint, Export)
     )
