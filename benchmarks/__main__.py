@@ -1,4 +1,4 @@
-"""`python -m benchmarks [serving|training|jobs|idle …]`: measure, print, and keep the samples."""
+"""`python -m benchmarks [serving|training|jobs|idle|estimates]`: measure and keep the samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import idle, jobs, serving, training
+from benchmarks import estimates, idle, jobs, serving, training
 from benchmarks.report import Measurement, publish
 
 Suite = Callable[[argparse.Namespace], list[Measurement]]
@@ -16,6 +16,7 @@ _SUITES: dict[str, Suite] = {
     "training": lambda given: training.measure(given.model, given.rounds),
     "jobs": lambda given: jobs.measure(given.jobs, given.rounds),
     "idle": lambda given: idle.measure(given.model, given.rounds),
+    "estimates": lambda given: estimates.measure(given.model, given.rounds),
 }
 # The others take long or want a quiet machine.
 _BY_DEFAULT = ("serving", "training")

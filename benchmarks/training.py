@@ -1,138 +1,142 @@
-"""A few optimizer steps of ours beside a plain TRL script, on the same rows and settings."""
+"""A whole epoch of ours beside a plain TRL script, on the same rows and settings.
+
+Each epoch runs in a process of its own, so that peaks of memory can be compared; the runs take
+turns, so that whatever else the machine does falls on all. Ours sleeps while it waits for another
+thread, as the trainer does for the engine's sake; the plain script waits as torch does by itself.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
-from typing import Any
-
-import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, set_seed
-from trl import SFTConfig, SFTTrainer
+from typing import Any, Final
 
 from benchmarks.report import Measurement
-from core.causal_lm import linear_modules
-from core.data.ingest import read_rows
-from core.data.rendering import TrainingRow, render_row
-from core.data.schema import to_example
-from core.data.tokenizer import load_tokenizer
-from core.specs import JobSpec
-from core.training.lora import attach_lora
-from core.training.trainer import build_trainer
+from worker.child import ChildProcess
 
-STEPS = 6
-ROWS = Path(__file__).parents[1] / "examples" / "support_desk" / "train.jsonl"
+_MODES: Final = ("ours", "checkpointing", "plain")
+_PEERS: Final = {
+    "checkpointing": ("TRL as it comes", "SFTTrainer with its default activation checkpointing"),
+    "plain": ("TRL without checkpointing", "SFTTrainer, activation_checkpointing=False"),
+}
+_WARM_ROWS: Final = 200
+_EQUAL_STEPS: Final = 20
+_PAIRS = Path(__file__).parents[1] / "examples" / "support_desk" / "train.jsonl"
 
 
 def measure(model_dir: Path, rounds: int) -> list[Measurement]:
     """Run all measurements of training."""
-    tokenizer = load_tokenizer(model_dir)
-    rows = _rows(tokenizer)
-    spec = JobSpec.model_validate(
-        {
-            "base_model": "sample",
-            "dataset": "sample",
-            "training": {"max_steps": STEPS, "warmup_ratio": 0.0},
-            "data": {"shuffle": False},
-        }
-    )
-    ours: list[float] = []
-    plain: dict[bool, list[float]] = {True: [], False: []}
-    with tempfile.TemporaryDirectory() as name:
-        for _ in range(rounds):
-            ours.append(_ours(model_dir, tokenizer, spec, rows, Path(name)))
-            for checkpointing, samples in plain.items():
-                samples.append(_plain(model_dir, tokenizer, spec, rows, Path(name), checkpointing))
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in _MODES}
+    for _ in range(rounds):
+        for mode, found in runs.items():
+            found.append(_epoch(mode, model_dir))
+    same_order, at_random = _epoch("losses", model_dir), _epoch("random-order", model_dir)
+    speed = {
+        mode: [run["tokens"] / run["seconds"] for run in found] for mode, found in runs.items()
+    }
+    memory = {mode: [run["peak_bytes"] / 2**20 for run in found] for mode, found in runs.items()}
+    own = runs["ours"][0]
+    pairs = list(zip(own["losses"], same_order["losses"], strict=True))[:_EQUAL_STEPS]
+    differences = [abs(loss - other) for loss, other in pairs]
     return [
-        Measurement(f"training, {label}", "tokens/s", ours, plain[checkpointing], peer)
-        for checkpointing, label, peer in (
-            (True, "TRL as it comes", "SFTTrainer with its default activation checkpointing"),
-            (False, "TRL without checkpointing", "SFTTrainer, activation_checkpointing=False"),
-        )
+        *(
+            Measurement(f"training, {label}", "tokens/s", speed["ours"], speed[mode], peer)
+            for mode, (label, peer) in _PEERS.items()
+        ),
+        *(
+            Measurement(f"peak memory, {label}", "MiB", memory["ours"], memory[mode], peer)
+            for mode, (label, peer) in _PEERS.items()
+        ),
+        Measurement(
+            f"largest difference of a loss in {_EQUAL_STEPS} steps",
+            "µnat",
+            [max(differences) * 1e6],
+            [],
+            "SFTTrainer on the same batches",
+        ),
+        Measurement(
+            "held-out loss after the epoch",
+            "nat",
+            [own["held_out_loss"]],
+            [at_random["held_out_loss"]],
+            "ours in plain random order",
+        ),
+        Measurement(
+            f"warm trainer, task of {_WARM_ROWS} rows to first forward pass",
+            "s",
+            _warm_starts(model_dir, rounds),
+            [],
+        ),
     ]
 
 
-def _rows(tokenizer: Any) -> list[TrainingRow]:
-    return [render_row(to_example(row, "messages"), tokenizer) for _, row in read_rows(ROWS)]
-
-
-def _trained_through(rows: list[TrainingRow], spec: JobSpec) -> int:
-    per_step = spec.training.batch_size * spec.training.gradient_accumulation_steps
-    return sum(len(row.input_ids) for row in rows[: STEPS * per_step])
-
-
-def _model(model_dir: Path) -> Any:
-    set_seed(0)
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-
-
-def _ours(
-    model_dir: Path, tokenizer: Any, spec: JobSpec, rows: list[TrainingRow], work_dir: Path
-) -> float:
-    model = _model(model_dir)
-    model = attach_lora(model, spec.lora, linear_modules(model), "sample")
-    trainer = build_trainer(
-        model,
-        tokenizer,
-        spec,
-        rows,
-        [],
-        work_dir=work_dir,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        callbacks=[],
+def _epoch(mode: str, model_dir: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training_run", mode, str(model_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
     )
-    return _rate(trainer, rows, spec)
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
 
 
-def _plain(
-    model_dir: Path,
-    tokenizer: Any,
-    spec: JobSpec,
-    rows: list[TrainingRow],
-    work_dir: Path,
-    checkpointing: bool,
-) -> float:
-    model = _model(model_dir)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=spec.lora.r,
-        lora_alpha=spec.lora.alpha,
-        target_modules="all-linear",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = SFTTrainer(
-            model=get_peft_model(model, lora),
-            args=SFTConfig(
-                output_dir=str(work_dir / "plain"),
-                max_steps=STEPS,
-                per_device_train_batch_size=spec.training.batch_size,
-                gradient_accumulation_steps=spec.training.gradient_accumulation_steps,
-                learning_rate=spec.training.learning_rate,
-                train_sampling_strategy="sequential",
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-                bf16=False,
-                activation_checkpointing=checkpointing,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=Dataset.from_list(
-                [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
-            ),
-            processing_class=tokenizer,
+def _warm_starts(model_dir: Path, rounds: int) -> list[float]:
+    """Return the seconds from a task's arrival at a trainer that has the model to its first step.
+
+    Finding and claiming a job comes before, see `python -m benchmarks jobs`: some milliseconds.
+    """
+    lines = _PAIRS.read_text().splitlines()
+    with tempfile.TemporaryDirectory() as name:
+        data_path = Path(name) / "rows.jsonl"
+        data_path.write_text("\n".join((lines * 2)[:_WARM_ROWS]))
+        trainer = ChildProcess(
+            [sys.executable, "-m", "core.training.process"], log_path=Path(name) / "trainer.log"
         )
-    return _rate(trainer, rows, spec)
+        try:
+            # The first one loads the model.
+            return [
+                _first_forward(trainer, model_dir, data_path, Path(name) / f"work-{index}")
+                for index in range(rounds + 1)
+            ][1:]
+        finally:
+            trainer.close()
 
 
-def _rate(trainer: Any, rows: list[TrainingRow], spec: JobSpec) -> float:
+def _first_forward(
+    trainer: ChildProcess, model_dir: Path, data_path: Path, work_dir: Path
+) -> float:
+    work_dir.mkdir()
+    reached: list[float] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["event"] == "progress" and event.get("step") == 0:
+            reached.append(time.monotonic())
+
     started = time.monotonic()
-    trainer.train()
-    return _trained_through(rows, spec) / (time.monotonic() - started)
+    trainer.run(
+        {
+            "job_id": "benchmark",
+            "attempt": 1,
+            "spec": {
+                "base_model": "sample",
+                "dataset": "sample",
+                "training": {"max_steps": 1},
+                "evaluation": {"samples": 0},
+            },
+            "base": {"name": "sample", "digest": "0" * 64, "path": str(model_dir)},
+            "sources": [{"path": str(data_path)}],
+            "work_dir": str(work_dir),
+            "device": "cpu",
+        },
+        on_event=hear,
+        # One step is not waited for.
+        stop_reason=lambda: "cancel" if reached else None,
+        grace_seconds=60,
+    )
+    return reached[0] - started

@@ -39,8 +39,13 @@ def select_device(wanted: str) -> torch.device:
     return device
 
 
-def load_causal_lm(path: Path, dtype: torch.dtype) -> Any:
+def load_causal_lm(path: Path, dtype: torch.dtype, **options: Any) -> Any:
     """Load a base model's directory: complete, frozen, in evaluation mode, on the CPU.
+
+    Args:
+        path: The directory.
+        dtype: Precision of the weights.
+        options: Further ones of `from_pretrained`.
 
     Raises:
         InvalidInput: Code `model_unreadable`, or `weights_incomplete` where transformers would
@@ -56,6 +61,7 @@ def load_causal_lm(path: Path, dtype: torch.dtype) -> Any:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise unreadable(path, error) from error

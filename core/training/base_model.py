@@ -18,13 +18,12 @@ from torch import nn
 
 from core.causal_lm import load_causal_lm
 from core.inference.engine import BaseModelRef
+from core.training.quantization import load_in_4bit
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    digest: str
-    dtype: torch.dtype
-    device: torch.device
+    key: tuple[Any, ...]
     model: Any
 
 
@@ -34,18 +33,30 @@ class WarmBase:
     def __init__(self) -> None:
         self._loaded: _Loaded | None = None
 
-    def borrow(self, base: BaseModelRef, dtype: torch.dtype, device: torch.device) -> Any:
+    def borrow(
+        self,
+        base: BaseModelRef,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        in_4bit: bool = False,
+    ) -> Any:
         """Return a model for one job, loading the weights unless they are here already.
 
         Raises:
-            InvalidInput: Code `model_unreadable` or `weights_incomplete`.
+            InvalidInput: Code `model_unreadable`, `weights_incomplete` or `bitsandbytes_missing`.
         """
+        key = (base.digest, dtype, device, in_4bit)
         kept = self._loaded
-        if kept is None or (kept.digest, kept.dtype, kept.device) != (base.digest, dtype, device):
+        if kept is None or kept.key != key:
             self._loaded = kept = None
             gc.collect()
-            model = load_causal_lm(Path(base.path), dtype).to(device)
-            kept = self._loaded = _Loaded(base.digest, dtype, device, model)
+            path = Path(base.path)
+            if in_4bit:
+                model = load_in_4bit(path, dtype, device)
+            else:
+                model = load_causal_lm(path, dtype).to(device)
+            kept = self._loaded = _Loaded(key, model)
         return share_weights(kept.model)
 
 

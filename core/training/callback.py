@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from core import failpoints
 from core.training.checkpoints import ResumableTrainer
+from core.training.memory_use import used_memory
 from core.training.monitor import Monitor, check_stop_at_once
 
 # The remaining time is judged by this many last steps.
@@ -65,7 +66,12 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         logs = logs or {}
         if "eval_loss" in logs:
             self._monitor.send(
-                "metric", step=state.global_step, epoch=state.epoch, eval_loss=logs["eval_loss"]
+                "metric",
+                step=state.global_step,
+                epoch=state.epoch,
+                eval_loss=logs["eval_loss"],
+                eval_accuracy=logs.get("eval_accuracy"),
+                eval_margin=logs.get("eval_margin"),
             )
             # Evaluation is no training time.
             self._logged_at = time.monotonic()
@@ -81,9 +87,12 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             step=state.global_step,
             epoch=state.epoch,
             loss=loss,
+            accuracy=logs.get("accuracy"),
+            margin=logs.get("margin"),
             learning_rate=logs.get("learning_rate"),
             grad_norm=_as_float(logs.get("grad_norm")),
             tokens_per_second=rate,
+            memory_bytes=used_memory(args.device),
         )
 
     def _send_progress(self, state: Any) -> None:

@@ -11,6 +11,7 @@ that had ended already, and an evaluation that a stop had cut short.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import shutil
@@ -24,7 +25,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from trl import SFTTrainer
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from core import failpoints
 from core.artifacts import WEIGHTS_FILE
@@ -32,6 +34,7 @@ from core.child import Stopped
 from core.errors import TrainingFailed
 from core.training.lora import load_weights, save_weights
 from core.training.monitor import Monitor, stops_saved
+from core.training.sampling import EpochBatches
 
 _STATE_FILE = "run_state.json"
 _BEST_FILE = "best.safetensors"
@@ -42,6 +45,36 @@ class Measured(BaseModel):
 
     step: int
     loss: float
+
+
+class Tally(BaseModel):
+    """How what was predicted since the last report of it was judged.
+
+    Attributes:
+        judged: Predictions that can be right or wrong, such as trained tokens or pairs.
+        right: Of these.
+        margin: Sum of the margins by which they are right; wrong ones count below zero.
+    """
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    judged: int = 0
+    right: int = 0
+    margin: float | None = None
+
+    def add(self, *, judged: int, right: int, margin: float | None = None) -> Tally:
+        """Return the sum."""
+        if margin is not None:
+            margin += self.margin or 0.0
+        return Tally(judged=self.judged + judged, right=self.right + right, margin=margin)
+
+    def means(self) -> dict[str, float]:
+        """Return `accuracy` and `margin`, as far as there are any."""
+        if not self.judged:
+            return {}
+        means = {"accuracy": self.right / self.judged}
+        if self.margin is not None:
+            means["margin"] = self.margin / self.judged
+        return means
 
 
 class RunState(BaseModel):
@@ -59,11 +92,12 @@ class RunState(BaseModel):
         best: The evaluation with the least loss.
         unlogged_loss: Sum of the losses of the steps after `logged_step`.
         logged_step: The last step whose loss was reported.
+        tally: Of the steps after `logged_step`.
         resumed_from: The steps from which attempts went on, this one included.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     step: int = 0
     finished: bool = False
     evaluation_due: bool = False
@@ -74,6 +108,7 @@ class RunState(BaseModel):
     best: Measured | None = None
     unlogged_loss: float = 0.0
     logged_step: int = 0
+    tally: Tally = Tally()
     resumed_from: list[int] = Field(default_factory=list)
 
 
@@ -97,26 +132,35 @@ class _RandomState:
             torch.cuda.set_rng_state(self.cuda)
 
 
-class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that writes our checkpoints and goes on from them.
+class ResumableTrainer(Trainer):  # type: ignore[misc]
+    """Base class, before one of TRL's trainers, that writes our checkpoints and goes on from them.
 
     Args:
         monitor: Hears of each checkpoint.
         started: Time of the monotonic clock from which the work on the job counts.
-        arguments: Those of SFTTrainer.
+        batches: The rows of each forward pass; by default Trainer chooses them.
+        arguments: Those of TRL's trainer.
     """
 
-    def __init__(self, *, monitor: Monitor, started: float, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        monitor: Monitor,
+        started: float,
+        batches: EpochBatches | None = None,
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
         self.monitor = monitor
+        self._batches = batches
         self.run = RunState()
         self.control: Any
         # Which moment the newest checkpoint is of; nothing is worth one before the first step.
         self._kept = self._moment(0, finished=False)
         # Random numbers at the end of the last step of this attempt.
         self._random_state: _RandomState | None = None
-        # Tokens seen and losses not logged at the beginning of this step.
-        self._counts = (0, 0.0)
+        # Tokens seen, tally and losses not logged at the beginning of this step.
+        self._counts = (0, Tally(), torch.zeros(()))
         self._counted_at = started
 
     def train_from(self, resume_dir: Path | None) -> None:
@@ -176,7 +220,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     def mark_begin(self) -> None:
         """Remember what the batches of the step that begins will add to."""
-        self._counts = (self.run.seen_tokens, self._tr_loss.item())
+        self._counts = (self.run.seen_tokens, self.run.tally, self._tr_loss.clone())
 
     def mark_end(self) -> None:
         """Remember the random numbers that the next step begins with."""
@@ -191,8 +235,8 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         if self._random_state is None:
             return
         self._random_state.restore()
-        self.run.seen_tokens, unlogged_loss = self._counts
-        self._tr_loss.fill_(unlogged_loss)
+        self.run.seen_tokens, self.run.tally, unlogged_loss = self._counts
+        self._tr_loss.copy_(unlogged_loss)
         self.save_now()
 
     @contextlib.contextmanager
@@ -212,6 +256,13 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         self._counted_at = now
         return self.run.seconds
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with what was judged since the last time."""
+        if "loss" in logs:
+            logs |= self.run.tally.means()
+            self.run.tally = Tally()
+        super().log(logs, start_time)
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write none; it is not for checkpoints."""
 
@@ -226,10 +277,46 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     def _moment(self, step: int, finished: bool) -> tuple[int, bool, bool]:
         return step, finished, self.run.evaluation_due
 
+    def get_train_dataloader(self) -> Any:
+        """Return Trainer's loader, with our batches instead of its sampler."""
+        if self._batches is None:
+            return super().get_train_dataloader()
+        return self.accelerator.prepare(
+            DataLoader(
+                self.train_dataset,
+                batch_sampler=self._batches,
+                collate_fn=self.data_collator,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
+
     def _run_epoch(self, **arguments: Any) -> None:
         # Trainer looks whether to stop after a step only.
         if not self.control.should_training_stop:
+            if self._batches is not None:
+                self._batches.set_epoch(arguments["epoch"])
             super()._run_epoch(**arguments)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # Of each step, before the weights change; the one time that it waits for the device.
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss = self._tr_loss
+        values = [loss, torch.as_tensor(norm, device=loss.device), *self._pending()]
+        loss_sum, norm_value, *numbers = torch.stack([value.float() for value in values]).tolist()
+        if not math.isfinite(loss_sum):
+            raise _not_finite("loss", self.state.global_step + 1)
+        # A scaler of half-precision gradients leaves out such a step by itself.
+        if not math.isfinite(norm_value) and self.accelerator.scaler is None:
+            raise _not_finite("gradient", self.state.global_step + 1)
+        self._settle(numbers)
+        return norm
+
+    def _pending(self) -> list[torch.Tensor]:
+        """Return numbers of the step that are still on the device."""
+        return []
+
+    def _settle(self, numbers: list[float]) -> None:
+        """Take the numbers of `_pending`, which came with the check of the step."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
@@ -270,3 +357,11 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Trainer would only log a warning about weights that are missing.
         load_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
+
+
+def _not_finite(what: Literal["loss", "gradient"], step: int) -> TrainingFailed:
+    return TrainingFailed(
+        f"the {what} is no longer a finite number at step {step}",
+        code=f"{what}_not_finite",
+        hint="Lower training.learning_rate, or lengthen training.warmup_ratio.",
+    )

@@ -7,7 +7,10 @@ import os
 import torch
 
 from core import causal_lm
+from core.errors import InvalidInput
+from core.specs import JobSpec
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _gpu_is_pinned = False
 
 
@@ -39,11 +42,23 @@ def select_device(wanted: str) -> torch.device:
     return causal_lm.select_device("cuda" if _gpu_is_pinned and "cuda" in wanted else wanted)
 
 
-def select_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the precision of the base weights; `auto` is bf16 on CUDA, float32 elsewhere."""
-    if wanted == "bf16" or (wanted == "auto" and device.type == "cuda"):
-        return torch.bfloat16
-    return torch.float32
+def select_dtype(spec: JobSpec, device: torch.device) -> torch.dtype:
+    """Return the precision of the base weights; `auto` is bf16 on CUDA, float32 elsewhere.
+
+    Raises:
+        InvalidInput: Code `fp16_needs_accelerator`; this machine has a CPU for the job.
+    """
+    wanted = spec.training.dtype
+    if device.type == "cpu" and "fp16" in (wanted, spec.lora.dtype):
+        raise InvalidInput(
+            "fp16 is not trained on CPUs",
+            code="fp16_needs_accelerator",
+            field="training.dtype" if wanted == "fp16" else "lora.dtype",
+            hint="Use bf16, or a worker with an accelerator.",
+        )
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[wanted]
 
 
 def set_threads(threads: int) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 
 from core.data.golden import golden_token_ids
 from core.data.quiet import silence_libraries
-from core.data.tokenizer import load_tokenizer, template_of, template_sha256, tokenizer_sha256
+from core.data.templates import fallback_of, own_template, template_sha256
+from core.data.tokenizer import load_tokenizer, tokenizer_sha256
 from core.errors import InvalidInput
 from core.training.command import run_command
 
@@ -22,8 +23,8 @@ def inspect_model(path: Path) -> dict[str, Any]:
 
     Returns:
         `architecture`, `parameters`, `context_length`, `vocab_size`, `dtype`, `linear_modules`,
-        `chat_template`, `template_sha256`, `tokenizer_sha256`, `golden_token_ids`, `eos_token_id`
-        and `bytes`.
+        `auto_target_modules`, `chat_template` (it has its own), `template_sha256`,
+        `fallback_template`, `tokenizer_sha256`, `golden_token_ids`, `eos_token_id` and `bytes`.
 
     Raises:
         InvalidInput: Code `model_unreadable`, `no_safetensors`, `quantised_model` or
@@ -34,6 +35,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from core.causal_lm import linear_modules, unreadable
+    from core.training.lora import auto_targets
 
     if not (path / "config.json").is_file():
         raise InvalidInput(
@@ -60,6 +62,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
             hint="Use the unquantised model, or convert a GGUF file.",
         )
     tokenizer = load_tokenizer(path)
+    modules = linear_modules(model)
     text_config = config.get_text_config()
     return {
         "architecture": type(model).__name__,
@@ -67,9 +70,11 @@ def inspect_model(path: Path) -> dict[str, Any]:
         "context_length": getattr(text_config, "max_position_embeddings", None),
         "vocab_size": text_config.vocab_size,
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
-        "linear_modules": linear_modules(model),
-        "chat_template": template_of(tokenizer) is not None,
+        "linear_modules": modules,
+        "auto_target_modules": auto_targets(model.config.model_type, modules),
+        "chat_template": own_template(tokenizer) is not None,
         "template_sha256": template_sha256(tokenizer),
+        "fallback_template": fallback_of(tokenizer),
         "tokenizer_sha256": tokenizer_sha256(path),
         "golden_token_ids": golden_token_ids(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,

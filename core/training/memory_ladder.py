@@ -27,6 +27,13 @@ class BatchPlan:
         return asdict(self)
 
 
+def next_rung(training: TrainingSpec, rung: int) -> int | None:
+    """Return the first rung further down that needs less memory; `None` at the ladder's end."""
+    plan = plan_batches(training, rung)
+    lower = range(rung + 1, LAST_RUNG + 1)
+    return next((other for other in lower if plan_batches(training, other) != plan), None)
+
+
 def plan_batches(training: TrainingSpec, rung: int) -> BatchPlan:
     """Return how a rung of the ladder divides the rows of each optimizer step.
 
@@ -37,4 +44,5 @@ def plan_batches(training: TrainingSpec, rung: int) -> BatchPlan:
     rows = training.batch_size * training.gradient_accumulation_steps
     most = max(1, training.batch_size >> rung)
     batch_size = next(size for size in range(most, 0, -1) if rows % size == 0)
-    return BatchPlan(batch_size, rows // batch_size, rung >= LAST_RUNG)
+    checkpoints = training.gradient_checkpointing is True or rung >= LAST_RUNG
+    return BatchPlan(batch_size, rows // batch_size, checkpoints)

@@ -17,7 +17,7 @@ from core.artifacts import (
     build_manifest,
 )
 from core.data.golden import golden_token_ids
-from core.data.tokenizer import template_of
+from core.data.templates import template_of
 from core.errors import TrainingFailed
 from core.inference.engine import BaseModelRef
 from core.training.lora import save_lora

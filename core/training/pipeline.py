@@ -22,29 +22,24 @@ from transformers import set_seed
 from core import failpoints
 from core.artifacts import sha256_file
 from core.causal_lm import linear_modules
-from core.data.dry_run import (
-    RenderedDataset,
-    RenderedRow,
-    check_row_count,
-    render_dataset,
-    row_limit,
-)
-from core.data.split import split_rows
+from core.data.dry_run import render_dataset
+from core.data.rendered import RenderedDataset, RenderedRow
 from core.data.tokenizer import TokenizerCache, read_context_length
 from core.training.base_model import WarmBase
+from core.training.before_after import build_report
 from core.training.callback import MonitorCallback
-from core.training.checkpoints import Measured
+from core.training.checkpoints import Measured, ResumableTrainer
 from core.training.device import select_device, select_dtype, set_threads
-from core.training.evaluation import answer_samples
-from core.training.lora import attach_lora
+from core.training.lora import attach_lora, begin_from
 from core.training.memory_ladder import BatchPlan, plan_batches
+from core.training.methods import build_trainer, loss_measure, report_validation
 from core.training.monitor import Monitor, start_stage
+from core.training.pace import StepClock
 from core.training.packaging import measure_effect, package_adapter
 from core.training.saving import SavingCallback
 from core.training.task import TrainTask
-from core.training.trainer import AdapterTrainer, build_trainer
+from core.training.trackers import TrackingCallback
 
-_SAMPLES_AT_ONCE = 8
 _RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tunesmith")
 
 
@@ -87,26 +82,30 @@ class Pipeline:
         started = time.monotonic()
         spec = task.spec
         device = select_device(task.device)
-        dtype = select_dtype(spec.training.dtype, device)
+        dtype = select_dtype(spec, device)
         threads = set_threads(task.threads)
         tokenizer = self._tokenizers.get(task.base.digest, task.base.path)
 
         start_stage(monitor, "render")
         data = _render(task, tokenizer, monitor)
-        training, validation = _split(task, data)
+        training, validation = data.divide(spec)
 
         start_stage(monitor, "load")
         failpoints.reached("base.load", job_id=task.job_id, attempt=task.attempt)
-        model = self._bases.borrow(task.base, dtype, device)
+        model = self._bases.borrow(task.base, dtype, device, in_4bit=spec.training.load_in_4bit)
         modules = linear_modules(model)
         _seed(spec.training.seed)
         model = attach_lora(model, spec.lora, modules, task.base.name)
+        if task.continue_dir is not None:
+            begin_from(model, task.continue_dir)
 
         start_stage(monitor, "train")
         plan = _plan_batches(task, monitor)
         reporting = MonitorCallback(monitor, job_id=task.job_id, attempt=task.attempt)
         saving = SavingCallback(monitor, spec.training)
-        trainer = reporting.trainer = saving.trainer = build_trainer(
+        clock = StepClock(started)
+        tracking = TrackingCallback(task, monitor)
+        trainer = reporting.trainer = saving.trainer = clock.trainer = build_trainer(
             model,
             tokenizer,
             spec,
@@ -117,10 +116,11 @@ class Pipeline:
             device=device,
             dtype=dtype,
             monitor=monitor,
-            callbacks=[reporting, saving],
+            callbacks=[reporting, saving, clock, tracking],
             started=started,
         )
-        trainer.train_from(task.resume_dir)
+        with tracking:
+            trainer.train_from(task.resume_dir)
         _report_early_stop(trainer, monitor)
         best = _select_best(trainer, monitor) if spec.training.load_best_model_at_end else None
 
@@ -138,7 +138,7 @@ class Pipeline:
 
         trainable, total = model.get_nb_trainable_parameters()
         provenance = {
-            "dataset_sha256": sha256_file(task.data_path),
+            **_describe_sources(task),
             "base_model": task.base.name,
             "base_digest": task.base.digest,
             "seconds": round(trainer.count_seconds(), 3),
@@ -146,6 +146,12 @@ class Pipeline:
             "best_step": best.step if best else None,
             "resumed_from_steps": trainer.run.resumed_from,
             "tokens": trainer.run.seen_tokens,
+            "pace": clock.describe(
+                spec,
+                modules,
+                [row.rendered for row in training],
+                [row.rendered for row in validation],
+            ),
             "final_loss": trainer.run.last_loss,
             "golden_logit_change": effect,
             "device": str(device),
@@ -166,20 +172,30 @@ class Pipeline:
 
 def _render(task: TrainTask, tokenizer: Any, monitor: Monitor) -> RenderedDataset:
     data = render_dataset(
-        task.data_path,
-        task.data_format,
+        task.spec,
+        task.sources,
         tokenizer,
-        max_length=row_limit(task.spec, read_context_length(task.base.path)),
-        spec=task.spec.data,
+        context_length=read_context_length(task.base.path),
         check_stop=monitor.check_stop,
     )
-    check_row_count(task.spec, len(data.rows))
+    for note in data.notes:
+        monitor.send("log", type=note.code, data={"message": note.message})
     return data
 
 
-def _split(task: TrainTask, data: RenderedDataset) -> tuple[list[RenderedRow], list[RenderedRow]]:
-    training, validation = split_rows(len(data.rows), task.spec.data, task.spec.training.seed)
-    return [data.rows[index] for index in training], [data.rows[index] for index in validation]
+def _describe_sources(task: TrainTask) -> dict[str, Any]:
+    """Return the members of the provenance that tell where the rows came from."""
+    described = [
+        {
+            "dataset": source.name,
+            "sha256": sha256_file(source.path),
+            "role": source.role,
+            "weight": source.weight,
+        }
+        for source in task.sources
+    ]
+    sha256 = {"dataset_sha256": described[0]["sha256"]}
+    return sha256 | ({"sources": described} if len(described) > 1 else {})
 
 
 def _seed(seed: int) -> None:
@@ -197,14 +213,14 @@ def _plan_batches(task: TrainTask, monitor: Monitor) -> BatchPlan:
     return plan
 
 
-def _report_early_stop(trainer: AdapterTrainer, monitor: Monitor) -> None:
+def _report_early_stop(trainer: ResumableTrainer, monitor: Monitor) -> None:
     state = trainer.state
     if state.global_step < state.max_steps:
         data = {"step": state.global_step, "total_steps": state.max_steps}
         monitor.send("log", type="early_stopped", data=data)
 
 
-def _select_best(trainer: AdapterTrainer, monitor: Monitor) -> Measured | None:
+def _select_best(trainer: ResumableTrainer, monitor: Monitor) -> Measured | None:
     best = trainer.use_best()
     if best is not None:
         data = {"step": best.step, "eval_loss": best.loss}
@@ -213,7 +229,7 @@ def _select_best(trainer: AdapterTrainer, monitor: Monitor) -> Measured | None:
 
 
 def _evaluate(
-    trainer: AdapterTrainer,
+    trainer: ResumableTrainer,
     best: Measured | None,
     tokenizer: Any,
     task: TrainTask,
@@ -221,26 +237,28 @@ def _evaluate(
     validation: Sequence[RenderedRow],
     monitor: Monitor,
 ) -> dict[str, Any]:
-    losses: dict[str, float | None] = {"eval_loss": None, "base_eval_loss": None}
-    if validation:
-        known = best or trainer.run.last_evaluation
-        step = best.step if best else trainer.state.global_step
-        if known is not None and known.step == step:
-            loss = known.loss
-        else:
-            loss = trainer.mean_loss(trainer.eval_dataset)
-        losses["eval_loss"] = loss
-        with trainer.model.disable_adapter():
-            losses["base_eval_loss"] = trainer.mean_loss(trainer.eval_dataset)
-    samples = answer_samples(
+    batch_rows = trainer.args.per_device_eval_batch_size
+    rows = [row.rendered for row in validation]
+    report = build_report(
         trainer.model,
         tokenizer,
+        task.spec,
         [row.example for row in validation or training],
-        task.spec.evaluation,
         monitor,
-        batch_rows=max(1, _SAMPLES_AT_ONCE >> task.memory_rung),
+        measure=loss_measure(trainer, rows, monitor, batch_rows=batch_rows),
+        context_length=read_context_length(task.base.path),
+        batch_rows=batch_rows,
+        memory_rung=task.memory_rung,
     )
-    return {"samples": samples, **losses}
+    known = best or trainer.run.last_evaluation
+    step = best.step if best else trainer.state.global_step
+    if known is not None and known.step == step:
+        # What the job's metrics say, to the last digit.
+        report["eval_loss"] = known.loss
+    if validation:
+        seed = task.spec.training.seed
+        report |= report_validation(trainer, report["verdict"], seed=seed) or {}
+    return report
 
 
 def _versions() -> dict[str, str]:

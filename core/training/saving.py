@@ -30,12 +30,13 @@ class SavingCallback(TrainerCallback):  # type: ignore[misc]
         self._monitor = monitor
         self._spec = spec
         self._saved_at = 0.0
+        self._evaluated_at = 0.0
         self._saves_after_epoch = False
         self.trainer: ResumableTrainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; go on where an earlier attempt was."""
-        self._saved_at = time.monotonic()
+        self._saved_at = self._evaluated_at = time.monotonic()
         self.trainer.take_up()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -52,14 +53,15 @@ class SavingCallback(TrainerCallback):  # type: ignore[misc]
         """Have a checkpoint written if it is time."""
         self.trainer.mark_end()
         ends = control.should_training_stop
-        epoch_ends = args.eval_strategy == IntervalStrategy.EPOCH and (
-            ends or float(state.epoch).is_integer()
-        )
+        ends_epoch = ends or float(state.epoch).is_integer()
+        epoch_ends = args.eval_strategy == IntervalStrategy.EPOCH and ends_epoch
+        if self._evaluation_is_due(args, ends):
+            control.should_evaluate = True
         self.trainer.run.evaluation_due = bool(control.should_evaluate or epoch_ends)
         if stops_saved(self._monitor):
             control.should_evaluate = False
             control.should_save = True
-        elif not ends and self._is_due(state.global_step):
+        elif not ends and self._is_due(state.global_step, ends_epoch):
             # Trainer saves now, before the evaluation that an epoch ends with.
             self._saves_after_epoch = epoch_ends
             control.should_save = not epoch_ends
@@ -82,6 +84,7 @@ class SavingCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Remember the loss, and the weights if they are the best so far."""
         run = self.trainer.run
+        self._evaluated_at = time.monotonic()
         run.evaluation_due = False
         run.last_evaluation = measured = Measured(step=state.global_step, loss=metrics["eval_loss"])
         if (
@@ -97,6 +100,14 @@ class SavingCallback(TrainerCallback):  # type: ignore[misc]
         if stops_saved(self._monitor):
             raise Stopped
 
-    def _is_due(self, step: int) -> bool:
+    def _evaluation_is_due(self, args: Any, ends: bool) -> bool:
+        """Tell whether to evaluate although Trainer does not: by time, and at the very end."""
+        if args.eval_strategy != IntervalStrategy.STEPS:
+            return False
+        waited = time.monotonic() - self._evaluated_at
+        return ends or (self._spec.eval_seconds is not None and waited >= self._spec.eval_seconds)
+
+    def _is_due(self, step: int, ends_epoch: bool) -> bool:
         by_step = self._spec.save_steps is not None and step % self._spec.save_steps == 0
-        return by_step or time.monotonic() - self._saved_at >= self._spec.save_seconds
+        by_epoch = self._spec.save_strategy == "epoch" and ends_epoch
+        return by_step or by_epoch or time.monotonic() - self._saved_at >= self._spec.save_seconds

@@ -1,62 +1,35 @@
 """TRL's SFTTrainer, set up for rows that are rendered and masked already.
 
-What is ours: batches are padded by length; the loss is the cross entropy summed over trained tokens
-and divided by their number in the whole accumulated batch, with the output head computed only where
-some row of the batch is trained; the evaluation loss is the mean over tokens, not over batches.
+What is ours: which rows go through the model together; the loss, which is the cross entropy summed
+over trained tokens and divided by their number in the whole accumulated batch, with the output head
+computed for these tokens alone; and the evaluation loss, which is the mean over tokens, not over
+batches.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.nn import functional
 from transformers import EarlyStoppingCallback, PrinterCallback
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
-from core.data.rendering import IGNORED_LABEL, TrainingRow
-from core.data.split import count_steps
-from core.errors import TrainingFailed
-from core.specs import JobSpec, TrainingSpec
+from core.data.rendering import TrainingRow
+from core.specs import JobSpec
+from core.training.arguments import build_arguments
+from core.training.batches import PaddedBatch
 from core.training.checkpoints import ResumableTrainer
+from core.training.fused_layers import fuse_layers
 from core.training.memory_ladder import BatchPlan
 from core.training.monitor import Monitor
-
-# Recomputing activations costs a third of the speed; small models and CPUs have memory enough.
-_CHECKPOINTING_FROM_PARAMETERS = 1_000_000_000
-
-
-class PaddedBatch:
-    """Collates rows of ids and labels, padded on the right.
-
-    Args:
-        pad_token_id: Fills `input_ids`; whether a position is padding is told by the mask alone,
-            since the pad token may be one that is learnt.
-    """
-
-    def __init__(self, pad_token_id: int) -> None:
-        self._pad_token_id = pad_token_id
-
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `attention_mask` and `labels`, each of shape (rows, longest row)."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), longest), self._pad_token_id)
-        labels = torch.full((len(rows), longest), IGNORED_LABEL)
-        attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[index, :length] = torch.tensor(row["input_ids"])
-            labels[index, :length] = torch.tensor(row["labels"])
-            attention_mask[index, :length] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+from core.training.sampling import EpochBatches, order_batches
+from core.training.token_loss import TokenLossFunction
 
 
-class AdapterTrainer(ResumableTrainer):
+class AdapterTrainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer with our checkpoints and our loss; see the module's docstring."""
 
     # The loss divides by the tokens of the accumulated batch already.
@@ -65,35 +38,28 @@ class AdapterTrainer(ResumableTrainer):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.remove_callback(PrinterCallback)
-        # Has Trainer count the trained tokens of each accumulated batch for us.
-        self.model_accepts_loss_kwargs = True
-        forward = inspect.signature(type(self.model.get_base_model()).forward)
-        self._selects_positions = "logits_to_keep" in forward.parameters
+        if self.args.device.type == "cpu":
+            fuse_layers(self.model)
+        self._sum_loss = TokenLossFunction(self.model)
+        # Of the batches of this step, which are not waited for.
+        self._trained_tokens = 0
+        self._correct: list[torch.Tensor] = []
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the batch's share of the mean loss per trained token.
-
-        Raises:
-            TrainingFailed: Code `loss_not_finite`.
-        """
+        """Return the batch's share of the mean loss per trained token."""
         if return_outputs:
             raise NotImplementedError("nothing here needs the outputs")
-        total, count = self._sum_loss(model, inputs)
-        loss = total / (count if num_items_in_batch is None else num_items_in_batch)
-        if not math.isfinite(loss.item()):
-            raise TrainingFailed(
-                f"the loss is no longer a finite number at step {self.state.global_step + 1}",
-                code="loss_not_finite",
-                hint="Lower training.learning_rate, or lengthen training.warmup_ratio.",
-            )
-        self.run.seen_tokens += int(inputs["attention_mask"].sum())
-        return loss
+        sums = self._sum_loss(model, inputs)
+        self.run.seen_tokens += inputs["row_tokens"]
+        self._trained_tokens += inputs["trained_tokens"]
+        self._correct.append(sums.correct)
+        return sums.total / (num_items_in_batch or inputs["trained_tokens"])
 
     def evaluate(
         self,
@@ -101,9 +67,10 @@ class AdapterTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return and log the mean loss per trained token of the validation rows."""
+        """Return and log mean loss and accuracy of the validation rows' trained tokens."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        metrics = {f"{metric_key_prefix}_loss": self.mean_loss(rows)}
+        loss, accuracy = self._measure(rows)
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_accuracy": accuracy}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -112,49 +79,41 @@ class AdapterTrainer(ResumableTrainer):
 
     def mean_loss(self, rows: Sequence[dict[str, list[int]]]) -> float:
         """Return the loss over all trained tokens of `rows`; stops early on request."""
+        return self._measure(rows)[0]
+
+    def _measure(self, rows: Sequence[dict[str, list[int]]]) -> tuple[float, float]:
         was_training = self.model.training
         self.model.eval()
-        sums, tokens = 0.0, 0
-        size = self.args.per_device_eval_batch_size
+        total, correct, tokens = 0.0, 0, 0
         with torch.no_grad():
-            for start in range(0, len(rows), size):
-                batch = self._prepare_inputs(
-                    self.data_collator(
-                        [rows[i] for i in range(start, min(start + size, len(rows)))]
-                    )
-                )
-                total, count = self._sum_loss(self.model, batch)
-                sums += total.item()
-                tokens += count
+            for places in self._evaluation_batches(rows):
+                batch = self._prepare_inputs(self.data_collator([rows[i] for i in places]))
+                sums = self._sum_loss(self.model, batch)
+                total += sums.total.item()
+                correct += int(sums.correct)
+                tokens += batch["trained_tokens"]
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
         self.model.train(was_training)
-        return sums / tokens
+        return total / tokens, correct / tokens
 
-    def _sum_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """Return the summed cross entropy of a batch and the number of tokens in the sum."""
-        targets = inputs["labels"][:, 1:]
-        trained = targets != IGNORED_LABEL
-        arguments = {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "use_cache": False,
-        }
-        if self._selects_positions:
-            # Positions in which at least one row of the batch is trained.
-            positions = trained.any(dim=0).nonzero().squeeze(1)
-            logits = model(**arguments, logits_to_keep=positions).logits
-            targets = targets[:, positions]
-        else:
-            logits = model(**arguments).logits[:, :-1]
-        total = functional.cross_entropy(
-            logits.flatten(0, 1).float(),
-            targets.flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="sum",
-        )
-        return total, int(trained.sum())
+    def _evaluation_batches(self, rows: Sequence[dict[str, list[int]]]) -> list[list[int]]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        places = sorted(range(len(lengths)), key=lengths.__getitem__)
+        size = self.args.per_device_eval_batch_size
+        return [places[start : start + size] for start in range(0, len(places), size)]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        return sum(batch["trained_tokens"] for batch in batch_samples)
+
+    def _pending(self) -> list[torch.Tensor]:
+        return [torch.stack(self._correct).sum()]
+
+    def _settle(self, numbers: list[float]) -> None:
+        self.run.tally = self.run.tally.add(judged=self._trained_tokens, right=int(numbers[0]))
+        self._trained_tokens = 0
+        self._correct.clear()
 
 
 def build_trainer(
@@ -195,7 +154,8 @@ def build_trainer(
         monitor=monitor,
         started=started,
         model=model,
-        args=_arguments(
+        args=build_arguments(
+            SFTConfig,
             spec,
             plan,
             work_dir,
@@ -204,7 +164,10 @@ def build_trainer(
             rows=len(training),
             parameters=model.num_parameters(),
             validate=bool(validation),
+            dataset_kwargs={"skip_prepare_dataset": True},
+            packing=False,
         ),
+        batches=EpochBatches([len(row.input_ids) for row in training], order_batches(spec, plan)),
         data_collator=PaddedBatch(tokenizer.pad_token_id),
         train_dataset=_as_items(training),
         eval_dataset=_as_items(validation) if validation else None,
@@ -215,63 +178,3 @@ def build_trainer(
 
 def _as_items(rows: Sequence[TrainingRow]) -> Dataset:
     return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
-
-
-def _arguments(
-    spec: JobSpec,
-    plan: BatchPlan,
-    work_dir: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    rows: int,
-    parameters: int,
-    validate: bool,
-) -> SFTConfig:
-    training: TrainingSpec = spec.training
-    on_cpu = device.type == "cpu"
-    return SFTConfig(
-        output_dir=str(work_dir / "trainer"),
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps or -1,
-        per_device_train_batch_size=plan.batch_size,
-        per_device_eval_batch_size=plan.batch_size,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.lr_scheduler,
-        # Rounded down, unlike Trainer's ratio: the first warm-up step has a rate of zero, so a job
-        # of a single step would learn nothing.
-        warmup_steps=math.floor(count_steps(rows, training) * training.warmup_ratio),
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        seed=training.seed,
-        data_seed=training.seed,
-        train_sampling_strategy="random" if spec.data.shuffle else "sequential",
-        logging_steps=training.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        eval_strategy=_evaluation_strategy(training) if validate else "no",
-        eval_steps=training.eval_steps,
-        metric_for_best_model="eval_loss",
-        # Ours to decide, see `SavingCallback`.
-        save_strategy="no",
-        # The patience that early stopping has left.
-        restore_callback_states_from_checkpoint=True,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=on_cpu,
-        bf16=dtype == torch.bfloat16 and device.type == "cuda",
-        fp16=False,
-        activation_checkpointing=plan.activation_checkpointing
-        or (not on_cpu and parameters >= _CHECKPOINTING_FROM_PARAMETERS),
-        dataloader_pin_memory=device.type == "cuda",
-        dataset_kwargs={"skip_prepare_dataset": True},
-        # Rows are checked against the limit before; nothing may cut or drop them here.
-        max_length=None,
-        packing=False,
-        remove_unused_columns=False,
-    )
-
-
-def _evaluation_strategy(training: TrainingSpec) -> str:
-    return "epoch" if training.eval_steps is None else "steps"

@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from core.artifacts import read_manifest, sha256_file, verify_files
+from core.artifacts import read_manifest, sha256_file, sha256_text, verify_files
 from core.child import Stopped
 from core.data.rendering import IGNORED_LABEL, render_row
 from core.data.schema import to_example
-from core.data.tokenizer import load_tokenizer, template_sha256, tokenizer_sha256
+from core.data.templates import template_of, template_sha256
+from core.data.tokenizer import load_tokenizer, tokenizer_sha256
 from core.errors import InvalidInput, TrainingFailed
 from core.training.inspect_model import inspect_model
 from core.training.pipeline import Pipeline
@@ -94,7 +95,7 @@ def test_a_job_gives_an_adapter_that_peft_loads(tmp_path: Path, model_path: Path
     last = [e for e in monitor.events if e["event"] == "progress" and "step" in e][-1]
     assert (last["total_steps"], last["eta_seconds"]) == (4, 0)
     assert last["trained_tokens"] == result["provenance"]["tokens"]
-    assert result["provenance"]["dataset_sha256"] == sha256_file(task.data_path)
+    assert result["provenance"]["dataset_sha256"] == sha256_file(task.sources[0].path)
 
 
 def test_tokens_seen_are_those_of_the_rows_without_padding(
@@ -114,14 +115,21 @@ def test_text_rows_train_a_model_without_a_template(tmp_path: Path) -> None:
     task = make_task(tmp_path, model_path, rows, evaluation={"samples": 1, "max_new_tokens": 3})
     result = Pipeline().run(task, RecordingMonitor())
     manifest = read_manifest(Path(result["artifact_dir"]))
-    assert manifest.template_sha256 is None
     assert template_sha256(load_tokenizer(model_path)) is None
     assert manifest.tokenizer_sha256 == tokenizer_sha256(model_path)
     assert result["report"]["samples"][0]["prompt"] == "The fox "
 
-    with pytest.raises(InvalidInput) as caught:
-        Pipeline().run(make_task(tmp_path, model_path), RecordingMonitor())
-    assert caught.value.code == "no_chat_template"
+
+def test_a_model_without_a_template_learns_and_keeps_chatml(tmp_path: Path) -> None:
+    model_path = make_tiny_model(tmp_path / "plain", chat_template=None, markers=False)
+    task = make_task(tmp_path, model_path, training={"max_steps": 1})
+    monitor = RecordingMonitor()
+    directory = Path(Pipeline().run(task, monitor)["artifact_dir"])
+    template = (directory / "chat_template.jinja").read_text("utf-8")
+    assert template == template_of(load_tokenizer(model_path))
+    assert read_manifest(directory).template_sha256 == sha256_text(template)
+    assert tokenizer_sha256(directory) == tokenizer_sha256(model_path)
+    assert "<|endoftext|>" in monitor.logged("chatml_fallback")[0]["message"]
 
 
 def test_bad_rows_are_refused_before_the_weights_are_read(tmp_path: Path, model_path: Path) -> None:

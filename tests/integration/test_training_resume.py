@@ -62,6 +62,19 @@ CASES: dict[str, dict[str, Any]] = {
             "weight_decay": 0.1,
         },
     },
+    "at random": {
+        "lora": DROPOUT,
+        "data": {"validation_fraction": 0.25, "group_by_length": False},
+        "training": {
+            "epochs": 2.5,
+            "learning_rate": 1e-2,
+            "gradient_accumulation_steps": 3,
+            "batch_size": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "logging_steps": 2,
+        },
+    },
     "in order": {
         "lora": DROPOUT,
         "data": {"shuffle": False},
@@ -163,6 +176,7 @@ def train_in_pieces(
         # Just before an evaluation, wherever there is one.
         ("each epoch", "metric", "loss"),
         ("best weights", "metric", "loss"),
+        ("at random", "metric", "loss"),
         ("in order", "progress", "total_steps"),
         ("stopped early", "progress", "total_steps"),
         ("stopped early", "metric", "loss"),
@@ -402,7 +416,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_training_goes_on(
 def test_a_checkpoint_of_another_format_is_refused(
     pipeline: Pipeline, tmp_path: Path, model_path: Path
 ) -> None:
-    (tmp_path / "run_state.json").write_text('{"format": 2}')
+    (tmp_path / "run_state.json").write_text('{"format": 1}')
     with pytest.raises(TrainingFailed) as caught:
         train(
             pipeline,

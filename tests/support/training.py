@@ -24,6 +24,9 @@ ROWS = [
     for index in range(8)
 ]
 
+# What a measurement says of the machine, not of the training.
+_OF_THE_MACHINE = {"tokens_per_second", "memory_bytes"}
+
 
 class RecordingMonitor:
     """Keeps all events; asks to stop as soon as `stop_when(event, fields)` is true.
@@ -76,9 +79,9 @@ class RecordingMonitor:
         return [value for value in values if value is not None]
 
     def rows(self, after_step: int = 0) -> list[dict[str, Any]]:
-        """Return what was measured after a step, without the speed."""
+        """Return what was measured after a step, without speed and memory."""
         return [
-            {name: value for name, value in e.items() if name != "tokens_per_second"}
+            {name: value for name, value in e.items() if name not in _OF_THE_MACHINE}
             for e in self.events
             if e["event"] == "metric" and e["step"] > after_step
         ]
@@ -133,8 +136,7 @@ def make_task(
             "attempt": 1,
             "spec": members,
             "base": {"name": "tiny", "digest": base_digest(model_path), "path": str(model_path)},
-            "data_path": data_path,
-            "data_format": None,
+            "sources": [{"path": data_path}],
             "work_dir": work_dir,
             "device": "cpu",
             "threads": 1,
