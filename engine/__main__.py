@@ -13,6 +13,7 @@ import uvicorn
 
 from core.config import Settings
 from core.errors import TunesmithError
+from core.inference.budgets import Budgets
 from core.inference.local_engine import LocalEngine
 from core.lifeline import exit_with_parent
 from core.logging import configure, get_logger
@@ -21,7 +22,7 @@ from engine.listening import open_listener
 from engine.server import create_app
 
 if TYPE_CHECKING:
-    from core.inference.transformers_runner import TransformersRunner
+    from core.inference.model_runner import ModelRunner
 
 log = get_logger(__name__)
 
@@ -69,6 +70,12 @@ def _serve(
         store.adapter_path,
         max_adapters=settings.engine_max_adapters,
         max_waiting=settings.engine_max_waiting,
+        budgets=Budgets(
+            bases=settings.engine_base_bytes,
+            rows=settings.engine_kv_bytes,
+            adapters=settings.engine_adapter_bytes,
+            prefixes=settings.engine_prefix_bytes,
+        ),
         on_crash=on_crash,
     )
     config = uvicorn.Config(
@@ -94,15 +101,15 @@ def _serve(
     return 1 if crashed else 0
 
 
-def _make_runner(settings: Settings) -> TransformersRunner:
+def _make_runner(settings: Settings) -> ModelRunner:
     # Imported here, in the engine thread: the process answers its status in the meantime.
     from core.data.quiet import silence_libraries, spin_briefly
 
     spin_briefly()
     silence_libraries()
-    from core.inference.transformers_runner import TransformersRunner
+    from core.inference.model_runner import ModelRunner
 
-    return TransformersRunner(settings.device, settings.engine_threads, settings.engine_precision)
+    return ModelRunner(settings.device, settings.engine_threads, settings.engine_precision)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Owns the mapping between the Engine protocol and HTTP; `service/engine_client.py
 Knows no torch. Nothing is ever unpickled.
 
     POST /generate          GenerateRequest → lines of EngineEvent
-    POST /adapters          {"base_model", "adapter"} → ResidentAdapter
-    DELETE /adapters/{d}    → {"unloaded": bool}
+    POST /adapters          LoadRequest → ResidentAdapter
+    DELETE /adapters/{d}    → {"freed_bytes": int}
+    DELETE /kept/{d}        → {"released": bool}
     GET /status             → EngineStatus
 
 An error before the first event has a status of its own and the body of `core.errors.to_wire`.
@@ -75,10 +76,13 @@ def create_app(engine: Engine, secret: str | None) -> ASGIApp:
 
     async def load(request: Request) -> Response:
         wanted = await _parse(request, LoadRequest)
-        return _json(await engine.load(wanted.base_model, wanted.adapter))
+        return _json(await engine.load(wanted.base_model, wanted.adapter, keep=wanted.keep))
 
     async def unload(request: Request) -> Response:
-        return JSONResponse({"unloaded": await engine.unload(request.path_params["digest"])})
+        return JSONResponse({"freed_bytes": await engine.unload(request.path_params["digest"])})
+
+    async def release(request: Request) -> Response:
+        return JSONResponse({"released": await engine.release(request.path_params["digest"])})
 
     async def status(request: Request) -> Response:
         return _json(await engine.status())
@@ -88,6 +92,7 @@ def create_app(engine: Engine, secret: str | None) -> ASGIApp:
             Route("/generate", generate, methods=["POST"]),
             Route("/adapters", load, methods=["POST"]),
             Route("/adapters/{digest}", unload, methods=["DELETE"]),
+            Route("/kept/{digest}", release, methods=["DELETE"]),
             Route("/status", status, methods=["GET"]),
         ],
         exception_handlers={

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Protocol
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from core.errors import InvalidInput
 from core.inference.response_format import ResponseFormat
@@ -26,10 +26,13 @@ class _Value(BaseModel):
 
 
 class Message(_Value):
-    """One chat turn."""
+    """One chat turn; of an assistant that calls tools, `content` may be empty."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: list[dict[str, JsonValue]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 class BaseModelRef(_Value):
@@ -115,7 +118,11 @@ class GenerateRequest(_Value):
     adapter: AdapterRef | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
+    tools: list[dict[str, JsonValue]] | None = None
     sampling: SamplingParams = SamplingParams()
+    deadline_seconds: float | None = Field(
+        None, gt=0, description="Give up on the request after this time."
+    )
 
 
 class LoadRequest(_Value):
@@ -123,6 +130,7 @@ class LoadRequest(_Value):
 
     base_model: BaseModelRef
     adapter: AdapterRef
+    keep: bool = False
 
 
 class TokenLogprob(_Value):
@@ -205,14 +213,25 @@ EngineEvent = Annotated[Started | Delta | Finished | Done | Failed, Field(discri
 
 
 class ResidentAdapter(_Value):
-    """An adapter in the engine's memory."""
+    """An adapter that is, or lately was, in the engine's memory.
+
+    Attributes:
+        tier: Where it is: in memory, or on this node's disk only.
+        kept: Whether it shall stay in memory when nobody uses it.
+        requests: Those that use it now.
+        evictions: How often it has left memory.
+    """
 
     digest: str
     base_digest: str
+    tier: Literal["memory", "disk"] = "memory"
+    kept: bool = False
+    requests: int = 0
     bytes: int
     hits: int
     load_ms: float
     last_used_seconds_ago: float
+    evictions: int = 0
 
 
 class EngineStatus(_Value):
@@ -223,14 +242,28 @@ class EngineStatus(_Value):
     base_models: list[str] = Field(description="Digests of the loaded base models.")
     precision: dict[str, str] = Field(description="Precision by base digest.")
     adapters: list[ResidentAdapter]
+    evicted: list[ResidentAdapter] = Field([], description="Adapters that left memory lately.")
+    warnings: list[str] = []
     running: int
     waiting: int
     loads: int
     evictions: int
     load_failures: int
+    base_loads: int = 0
+    base_evictions: int = 0
     prompt_tokens: int
+    reused_prompt_tokens: int = Field(
+        0, description="Prompt tokens taken over from a prompt that began in the same way."
+    )
     completion_tokens: int
     resident_bytes: int
+    resident_limit_bytes: int = 0
+    base_bytes: int = 0
+    base_limit_bytes: int = 0
+    row_bytes: int = Field(0, description="Keys and values of the rows that are computed.")
+    row_limit_bytes: int = 0
+    prefix_bytes: int = 0
+    prefix_limit_bytes: int = 0
 
 
 class EventStream(Protocol):
@@ -266,18 +299,34 @@ class Engine(Protocol):
         """
         ...
 
-    async def load(self, base_model: BaseModelRef, adapter: AdapterRef) -> ResidentAdapter:
+    async def load(
+        self, base_model: BaseModelRef, adapter: AdapterRef, *, keep: bool = False
+    ) -> ResidentAdapter:
         """Make an adapter resident, through all gates.
+
+        Args:
+            base_model: The base model that it belongs to.
+            adapter: The adapter.
+            keep: Let it stay in memory when nobody uses it, until `release` or `unload`.
 
         Raises:
             NotFound: The adapter's files are gone.
-            Conflict: A gate refused it; the code and hint name which and why.
+            Conflict: A gate refused it; the code and hint name which and why. Or, code
+                `kept_adapters_full`, too many are kept already.
             Unavailable: The engine is starting, full or gone, or cannot reach the artifact store.
         """
         ...
 
-    async def unload(self, digest: str) -> bool:
-        """Forget an adapter as soon as no request uses it; False when it was not resident."""
+    async def unload(self, digest: str) -> int:
+        """Forget an adapter as soon as no request uses it.
+
+        Returns:
+            The bytes that this frees; 0 when it was not resident.
+        """
+        ...
+
+    async def release(self, digest: str) -> bool:
+        """Let an adapter leave when nobody uses it; return whether it had been kept."""
         ...
 
     async def status(self) -> EngineStatus:

@@ -1,35 +1,47 @@
-"""The engine thread: it alone touches the model, the bank and the list of requests.
+"""The engine thread: it alone touches the model, the bank and the requests.
 
-Owns admission in order of arrival, the stages a request passes (base model, adapter, prompt,
-decoding) and the beat: all answers of a base model advance by one token in one step, whatever their
-adapters, and between two steps one prompt is read a piece further. Fetching and reading files, and
-tokenising, happen in small pools beside it. Knows no torch and no asyncio: the runner computes, and
-each piece of work says where its events go.
+One beat after the other it takes what came in, lets the scheduler say what goes on, computes, and
+hands out what came of it: all answers of a base model advance by one token in one step, whatever
+their adapters, and between two steps one prompt is read a piece further. Knows no torch and no
+asyncio: the runner computes, and each piece of work says where its events go.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from core.errors import Conflict, TunesmithError, Unavailable, from_wire, to_wire
+from core.errors import TunesmithError, Unavailable, from_wire, to_wire
 from core.inference.adapter_bank import AdapterBank, AdapterKey
+from core.inference.base_shelf import BaseShelf
+from core.inference.budgets import Budgets
 from core.inference.engine import EngineStatus
+from core.inference.generation import TokenChoice
 from core.inference.prefill_pace import PrefillPace
-from core.inference.prompts import EncodedPrompt
+from core.inference.prefix_store import PrefixStore
+from core.inference.preparation import Callbacks, Preparation, deliberate
+from core.inference.row_memory import check_alone, fits
+from core.inference.scheduler import Scheduler, engine_full
 from core.inference.work import Line, Work
 from core.logging import get_logger
 
 if TYPE_CHECKING:
-    from core.inference.transformers_runner import TransformersRunner
+    from core.inference.loaded_base import LoadedBase
+    from core.inference.model_runner import ModelRunner
+    from core.inference.prompts import EncodedPrompt
 
-_POOL_THREADS = 4
+# Memory is given back to the system in one go, as it takes milliseconds.
+_GIVE_BACK_SECONDS = 1.0
+_WARN_SECONDS = 60.0
+# From here on it is worth forgetting those of requests that have ended.
+_MOST_DEADLINES = 1024
 
 T = TypeVar("T")
 
@@ -45,44 +57,47 @@ class EngineThread:
         max_adapters: Adapters in memory.
         max_waiting: Requests that may wait; further ones are refused.
         max_rows: Answers that may be computed at a time.
+        budgets: Memory for what.
         on_crash: Called when the thread ends by an error of its own.
     """
 
     def __init__(
         self,
-        make_runner: Callable[[], TransformersRunner],
+        make_runner: Callable[[], ModelRunner],
         locate_adapter: Callable[[str], Path],
         *,
         max_adapters: int,
         max_waiting: int,
         max_rows: int,
+        budgets: Budgets,
         on_crash: Callable[[], None],
     ) -> None:
         self._make_runner = make_runner
         self._locate_adapter = locate_adapter
-        self._max_waiting = max_waiting
-        self._max_rows = max_rows
+        self._max_adapters = max_adapters
+        self._budgets = budgets
         self._on_crash = on_crash
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any] | None]] = (
             queue.SimpleQueue()
         )
-        self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="engine-files")
-        # Of their own: however long downloads take, prompts are encoded meanwhile.
-        self._adapter_pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="engine-adapters")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
-        self._runner: TransformersRunner
-        self._bank = AdapterBank(max_adapters, lambda key: self._runner.remove_adapter(key))
-
-        self._waiting: deque[Work] = deque()
-        self._admitted: list[Work] = []
-        self._prefilling: deque[Work] = deque()
-        self._decoding: list[Work] = []
+        self._scheduler = Scheduler(max_waiting=max_waiting, max_rows=max_rows)
         self._pace = PrefillPace()
-        self._waiting_for_base: dict[str, list[Work]] = {}
-        self._waiting_for_adapter: dict[AdapterKey, list[Work]] = {}
+        self._deadlines: list[tuple[float, int, Work]] = []
+        self._numbers = itertools.count()
+        self._advancing = False
+        self._give_back_at: float | None = None
+        self._base_has_left = False
+        self._warned_at = float("-inf")
         self._prompt_tokens = 0
         self._completion_tokens = 0
+        self._runner: ModelRunner
+        self._limits: Budgets
+        self._bank: AdapterBank
+        self._shelf: BaseShelf
+        self._prefixes: PrefixStore
+        self._preparation: Preparation | None = None
         self.ready = threading.Event()
         self.ended = threading.Event()
 
@@ -121,69 +136,109 @@ class EngineThread:
         failure = self._bank.recent_failure(work.key) if work.key else None
         if failure is not None:
             raise from_wire(to_wire(failure))
-        if len(self._waiting) >= self._max_waiting:
-            raise Unavailable(
-                f"{len(self._waiting)} requests are waiting for the engine already",
-                code="engine_full",
-                retry_after_seconds=2,
-                hint="Send the request again a little later.",
-            )
-        self._waiting.append(work)
-        self._admit()
+        displaced = self._scheduler.enqueue(work)
+        if displaced is not None:
+            displaced.ended = True
+            displaced.fail(engine_full(self._scheduler.waiting))
+        if work.deadline is not None:
+            heapq.heappush(self._deadlines, (work.deadline, next(self._numbers), work))
+            if len(self._deadlines) > _MOST_DEADLINES:
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].ended]
+                heapq.heapify(self._deadlines)
+        self._advance()
 
     def cancel(self, work: Work) -> None:
         """Stop computing for a request; one that is being prepared ends with that stage."""
         work.cancelled = True
-        if work in self._waiting:
-            self._waiting.remove(work)
-        elif work in self._decoding or work in self._prefilling:
+        if work in self._scheduler.running:
+            self._end(work)
+        elif work not in self._scheduler.admitted:
+            work.ended = True
+            self._scheduler.remove(work)
+        elif work in self._scheduler.ready:
             self._end(work)
 
-    def unload(self, digest: str) -> bool:
+    def unload(self, digest: str) -> int:
         """Evict an adapter; see `AdapterBank.unload`."""
         return self._bank.unload(digest)
 
+    def release(self, digest: str) -> bool:
+        """Keep an adapter no longer; see `AdapterBank.release`."""
+        return self._bank.release(digest)
+
     def status(self) -> EngineStatus:
         """Return residency and counters."""
-        adapters = self._bank.residents()
+        warning = self._bank.warning()
+        bases = self._runner.bases
         return EngineStatus(
             ready=True,
             device=str(self._runner.device),
-            base_models=list(self._runner.bases),
-            precision={d: base.precision for d, base in self._runner.bases.items()},
-            adapters=adapters,
-            running=len(self._admitted),
-            waiting=len(self._waiting),
+            base_models=list(bases),
+            precision={digest: base.precision for digest, base in bases.items()},
+            adapters=self._bank.residents(),
+            evicted=self._bank.evicted(),
+            warnings=[warning] if warning else [],
+            running=len(self._scheduler.admitted),
+            waiting=self._scheduler.waiting,
             loads=self._bank.loads,
             evictions=self._bank.evictions,
             load_failures=self._bank.load_failures,
+            base_loads=self._shelf.loads,
+            base_evictions=self._shelf.evictions,
             prompt_tokens=self._prompt_tokens,
+            reused_prompt_tokens=self._prefixes.reused_tokens,
             completion_tokens=self._completion_tokens,
-            resident_bytes=sum(adapter.bytes for adapter in adapters),
+            resident_bytes=self._bank.bytes,
+            resident_limit_bytes=self._limits.adapters,
+            base_bytes=self._shelf.bytes,
+            base_limit_bytes=self._limits.bases,
+            row_bytes=sum(base.rows.cache_bytes for base in bases.values()),
+            row_limit_bytes=self._limits.rows,
+            prefix_bytes=self._prefixes.bytes,
+            prefix_limit_bytes=self._limits.prefixes,
         )
 
     def _run(self) -> None:
         crashed = False
         try:
-            self._runner = self._make_runner()
+            self._prepare()
             self.ready.set()
             while not self._stopping:
-                self._take_commands()
-                self._step()
+                self._beat()
         except BaseException:
             log.exception("engine_crashed")
             crashed = True
         finally:
             self.ready.clear()
             self.ended.set()
-            for pool in (self._pool, self._adapter_pool):
-                pool.shutdown(wait=False, cancel_futures=True)
+            if self._preparation is not None:
+                self._preparation.shut_down()
             self._fail_everything()
             if crashed:
                 self._on_crash()
 
+    def _prepare(self) -> None:
+        self._runner = self._make_runner()
+        self._limits = self._budgets.within(self._runner.memory_bytes)
+        self._bank = AdapterBank(
+            self._max_adapters, self._drop_adapter, max_bytes=self._limits.adapters
+        )
+        self._shelf = BaseShelf(self._limits.bases, self._drop_base)
+        self._prefixes = PrefixStore(self._limits.prefixes)
+        self._preparation = Preparation(
+            self._runner,
+            self._locate_adapter,
+            self._bank,
+            self._shelf,
+            Callbacks(
+                post=lambda function: self._inbox.put((function, None)),
+                prepared=self._prepared,
+                end=self._end,
+            ),
+        )
+
     def _fail_everything(self) -> None:
-        for work in [*self._waiting, *self._admitted]:
+        for work in self._scheduler.everything():
             work.fail(_stopped())
         self._refuse_calls()
 
@@ -196,9 +251,20 @@ class EngineThread:
             if future is not None and future.set_running_or_notify_cancel():
                 future.set_exception(_stopped())
 
+    def _beat(self) -> None:
+        """Take what came in, and give every answer a token and one prompt a piece."""
+        self._take_commands()
+        for lines in self._schedule():
+            self._postprocess(lines, self._compute(lines))
+        if self._scheduler.prefilling:
+            self._prefill(self._scheduler.prefilling.popleft())
+
     def _take_commands(self) -> None:
-        if not (self._decoding or self._prefilling):
-            _run_command(*self._inbox.get())
+        if self._scheduler.idle:
+            try:
+                _run_command(*self._inbox.get(timeout=self._seconds_to_sleep()))
+            except queue.Empty:
+                return
         while True:
             try:
                 command = self._inbox.get_nowait()
@@ -206,188 +272,145 @@ class EngineThread:
                 return
             _run_command(*command)
 
-    def _admit(self) -> None:
-        """Start waiting work in order of arrival, as long as rows and adapter slots allow."""
-        while self._waiting:
-            work = self._waiting[0]
-            rows = sum(admitted.rows for admitted in self._admitted)
-            if rows and rows + work.rows > self._max_rows:
-                return
-            if work.key is not None and not self._bank.pin(work.key):
-                return
-            self._waiting.popleft()
-            self._admitted.append(work)
-            work.note_admitted()
-            self._need_base(work)
+    def _seconds_to_sleep(self) -> float | None:
+        times = [self._deadlines[0][0]] if self._deadlines else []
+        times += [self._give_back_at] if self._give_back_at is not None else []
+        return max(0.0, min(times) - time.monotonic()) if times else None
 
-    def _need_base(self, work: Work) -> None:
-        digest = work.base_model.digest
-        if digest in self._runner.bases:
-            self._need_adapter(work)
-            return
-        waiters = self._waiting_for_base.setdefault(digest, [])
-        waiters.append(work)
-        if len(waiters) == 1:
-            self._in_pool(
-                self._pool,
-                lambda: self._runner.load_base(work.base_model),
-                lambda future: self._base_loaded(digest, future),
-            )
-
-    def _base_loaded(self, digest: str, future: Future[Any]) -> None:
-        waiters = self._waiting_for_base.pop(digest)
-        try:
-            self._runner.bases[digest] = future.result()
-        except Exception as error:
-            for work in waiters:
-                self._end(work, _deliberate(error))
-            return
-        log.info("base_model_loaded", base_digest=digest)
-        for work in waiters:
-            self._need_adapter(work)
-
-    def _need_adapter(self, work: Work) -> None:
-        key = work.key
-        if key is None or self._bank.is_resident(key):
-            self._need_prompt(work)
-            return
-        waiters = self._waiting_for_adapter.setdefault(key, [])
-        waiters.append(work)
-        if len(waiters) == 1:
-            started = time.monotonic()
-            self._in_pool(
-                self._adapter_pool,
-                lambda: self._runner.read_adapter(
-                    key.base_digest, key.digest, self._locate_adapter(key.digest)
-                ),
-                lambda future: self._adapter_read(key, started, future),
-            )
-
-    def _adapter_read(self, key: AdapterKey, started: float, future: Future[Any]) -> None:
-        waiters = self._waiting_for_adapter.pop(key)
-        try:
-            adapter = future.result()
-            self._runner.bases[key.base_digest].insert(adapter)
-        except Exception as problem:
-            error = _deliberate(problem)
-            self._bank.failed(key, error, remember=isinstance(error, Conflict))
-            log.warning("adapter_refused", digest=key.digest, code=error.code)
-            for work in waiters:
-                self._end(work, error)
-            return
-        load_ms = (time.monotonic() - started) * 1000
-        self._bank.loaded(key, bytes=adapter.weights.bytes, load_ms=load_ms)
-        log.info("adapter_loaded", digest=key.digest, load_ms=round(load_ms, 1))
-        for work in waiters:
-            self._need_prompt(work)
-
-    def _need_prompt(self, work: Work) -> None:
-        work.note_loaded()
-        request = work.request
-        if work.cancelled:
-            self._end(work)
-        elif request is None:
-            if work.key is not None:
-                work.deliver(self._bank.describe(work.key))
-            self._end(work)
-        else:
-            base = self._runner.bases[work.base_model.digest]
-            encoder = base.encoder(work.adapter.digest if work.adapter else None)
-            self._in_pool(
-                self._pool,
-                lambda: encoder.encode(request),
-                lambda future: self._prompt_encoded(work, future),
-            )
-
-    def _prompt_encoded(self, work: Work, future: Future[EncodedPrompt]) -> None:
-        if work.cancelled:
-            self._end(work)
-            return
-        try:
-            prompt = future.result()
-            work.start(self._runner.bases[work.base_model.digest], prompt)
-        except Exception as error:
-            self._end(work, _deliberate(error))
-            return
-        self._prompt_tokens += len(prompt.ids)
-        self._prefilling.append(work)
-
-    def _step(self) -> None:
-        """Give every answer a token and one prompt a piece: one beat of the engine."""
-        for lines in self._by_base():
-            self._decode(lines)
-        if self._prefilling:
-            self._prefill(self._prefilling.popleft())
-
-    def _by_base(self) -> list[list[Line]]:
+    def _schedule(self) -> list[list[Line]]:
+        """Let requests go on, and return the answers of each step that is due."""
+        if self._deadlines or self._give_back_at is not None:
+            self._note_time(time.monotonic())
         lines: dict[int, list[Line]] = {}
-        for work in self._decoding:
+        for work in self._scheduler.decoding:
             lines.setdefault(id(work.base), []).extend(work.live_lines())
         return list(lines.values())
 
-    def _decode(self, lines: list[Line]) -> None:
+    def _note_time(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, work = heapq.heappop(self._deadlines)
+            if not (work.ended or work.cancelled):
+                work.fail(_too_late())
+                self.cancel(work)
+        if self._give_back_at is not None and self._give_back_at <= now:
+            self._give_back_at = None
+            assert self._preparation is not None
+            self._preparation.give_memory_back(of_base=self._base_has_left)
+            self._base_has_left = False
+
+    def _advance(self) -> None:
+        """Have the scheduler admit and start what there is room for."""
+        if self._advancing:
+            return
+        assert self._preparation is not None
+        self._advancing = True
+        try:
+            while (work := self._scheduler.start(self._fits)) is not None:
+                pass
+            while (work := self._scheduler.admit(self._reserve)) is not None:
+                work.note_admitted()
+                if work.refusal is not None:
+                    self._end(work, work.refusal)
+                else:
+                    self._preparation.begin(work)
+        finally:
+            self._advancing = False
+
+    def _reserve(self, work: Work) -> bool:
+        assert self._preparation is not None
+        try:
+            return self._preparation.reserve(work)
+        except TunesmithError as error:
+            work.refusal = error
+            return True
+
+    def _fits(self, work: Work) -> bool:
+        return fits([*self._scheduler.running, work], self._limits.rows)
+
+    def _prepared(self, work: Work, base: LoadedBase, prompt: EncodedPrompt) -> None:
+        check_alone(work, base, prompt, self._limits.rows)
+        work.start(base, prompt)
+        self._prompt_tokens += len(prompt.ids)
+        self._scheduler.prepared(work)
+        self._advance()
+
+    def _compute(self, lines: list[Line]) -> list[TokenChoice | TunesmithError]:
+        """Compute one step; return each answer's next token, or why there is none."""
         base = lines[0].work.base
         started = time.monotonic()
         try:
             choices = base.decode_lines(lines)
         except Exception as error:
             if len(lines) == 1:
-                self._end(lines[0].work, _deliberate(error))
-                return
+                return [deliberate(error)]
             # One of them is to blame, perhaps for too much memory; the others shall not pay for it.
             log.warning("step_failed", rows=len(lines), error=repr(error))
-            for line in lines:
-                if line.work in self._decoding:
-                    self._decode([line])
-            return
+            return [self._compute([line])[0] for line in lines]
         self._pace.note_step(time.monotonic() - started)
-        self._completion_tokens += len(lines)
+        return choices
+
+    def _postprocess(
+        self, lines: list[Line], choices: Sequence[TokenChoice | TunesmithError]
+    ) -> None:
+        """Hand out the tokens of a step, and end what is complete or has failed."""
         failed: dict[Work, TunesmithError] = {}
         for line, choice in zip(lines, choices, strict=True):
             if isinstance(choice, TunesmithError):
                 failed[line.work] = choice
-            elif line.work not in failed:
-                line.work.push(line, choice)
+            else:
+                self._completion_tokens += 1
+                if line.work not in failed:
+                    line.work.push(line, choice)
         for work in {line.work: None for line in lines}:
             if work in failed or work.finished:
                 self._end(work, failed.get(work))
 
     def _prefill(self, work: Work) -> None:
-        piece = min(self._pace.piece(others_wait=bool(self._decoding)), work.prompt_left)
+        """Read one prompt a piece further."""
+        others_wait = bool(self._scheduler.decoding)
         started = time.monotonic()
         try:
-            self._completion_tokens += work.prefill(piece)
+            work.reuse(self._prefixes)
+            piece = min(self._pace.piece(others_wait=others_wait), work.prompt_left)
+            self._completion_tokens += work.prefill(piece, self._prefixes)
         except Exception as error:
-            self._end(work, _deliberate(error))
+            self._end(work, deliberate(error))
             return
         self._pace.note_piece(piece, time.monotonic() - started)
         if not work.prefilled:
-            self._prefilling.append(work)
+            self._scheduler.prefilling.append(work)
         elif work.finished:
             self._end(work)
         else:
-            self._decoding.append(work)
+            self._scheduler.decoding.append(work)
 
     def _end(self, work: Work, error: TunesmithError | None = None) -> None:
-        self._admitted.remove(work)
-        for queued in (self._prefilling, self._decoding):
-            if work in queued:
-                queued.remove(work)
+        assert self._preparation is not None
+        work.ended = True
+        self._scheduler.remove(work)
         work.close()
-        if work.key is not None:
-            self._bank.unpin(work.key)
-        if error is not None:
+        self._preparation.release(work)
+        if error is not None and not work.cancelled:
             work.fail(error)
-        self._admit()
+        self._advance()
 
-    def _in_pool(
-        self,
-        pool: ThreadPoolExecutor,
-        task: Callable[[], Any],
-        then: Callable[[Future[Any]], None],
-    ) -> None:
-        future = pool.submit(task)
-        future.add_done_callback(lambda done: self._inbox.put((lambda: then(done), None)))
+    def _drop_adapter(self, key: AdapterKey) -> None:
+        self._runner.remove_adapter(key)
+        now = time.monotonic()
+        self._give_back_at = self._give_back_at or now + _GIVE_BACK_SECONDS
+        if now - self._warned_at > _WARN_SECONDS:
+            self._warned_at = now
+            warning = self._bank.warning()
+            if warning is not None:
+                log.warning("adapter_bank_is_small", message=warning)
+
+    def _drop_base(self, digest: str) -> None:
+        self._bank.drop_base(digest)
+        self._prefixes.drop_base(digest)
+        del self._runner.bases[digest]
+        self._base_has_left = True
+        self._give_back_at = self._give_back_at or time.monotonic() + _GIVE_BACK_SECONDS
+        log.info("base_model_unloaded", base_digest=digest)
 
 
 def _run_command(function: Callable[[], Any], future: Future[Any] | None) -> None:
@@ -397,17 +420,16 @@ def _run_command(function: Callable[[], Any], future: Future[Any] | None) -> Non
         try:
             future.set_result(function())
         except Exception as error:
-            future.set_exception(_deliberate(error))
+            future.set_exception(deliberate(error))
 
 
 def _stopped() -> Unavailable:
     return Unavailable("the engine has stopped", code="engine_unavailable")
 
 
-def _deliberate(error: Exception) -> TunesmithError:
-    if isinstance(error, TunesmithError):
-        return error
-    log.error("request_failed", exc_info=error)
-    return TunesmithError(
-        "the engine failed on this request", code="internal_error", hint="See the engine's log."
+def _too_late() -> Unavailable:
+    return Unavailable(
+        "the request was not complete within its deadline",
+        code="deadline_exceeded",
+        hint="Allow more time, ask for fewer tokens, or send the request again later.",
     )

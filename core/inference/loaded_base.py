@@ -18,7 +18,7 @@ from core.inference.gates import AdapterWeights, BaseFacts, check_applied, check
 from core.inference.generation import TokenChoice
 from core.inference.grammar import GrammarCompiler
 from core.inference.prompts import EncodedPrompt, PromptEncoder
-from core.inference.rows import RowModel
+from core.inference.rows import Prepared, RowModel
 from core.inference.sampling import RowSampler, choose_tokens
 
 if TYPE_CHECKING:
@@ -33,7 +33,12 @@ class PreparedAdapter:
     """An adapter that passed the gates on its files, and what the rows made of it."""
 
     weights: AdapterWeights
-    prepared: Any
+    prepared: Prepared
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory once it is resident."""
+        return self.prepared.bytes
 
 
 class LoadedBase:
@@ -66,6 +71,11 @@ class LoadedBase:
         self._grammars = GrammarCompiler(tokenizer, eos_ids, vocabulary)
         self._encoders: dict[str | None, PromptEncoder] = {None: self._make_encoder(tokenizer)}
         self._golden: tuple[tuple[int, ...], Tensor] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What the base weights take."""
+        return self.rows.weight_bytes
 
     @property
     def precision(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from core.errors import TunesmithError, Unavailable
+from core.inference.budgets import Budgets
 from core.inference.engine import (
     AdapterRef,
     BaseModelRef,
@@ -27,7 +28,7 @@ from core.inference.engine_thread import EngineThread
 from core.inference.work import Outcome, Work
 
 if TYPE_CHECKING:
-    from core.inference.transformers_runner import TransformersRunner
+    from core.inference.model_runner import ModelRunner
 
 _MAX_ROWS = 16
 
@@ -41,17 +42,19 @@ class LocalEngine:
         max_adapters: Adapters in memory.
         max_waiting: Requests that may wait; further ones are refused.
         max_rows: Answers that may be computed at a time.
+        budgets: Memory for what.
         on_crash: Called in the engine thread when it ends by an error of its own.
     """
 
     def __init__(
         self,
-        make_runner: Callable[[], TransformersRunner],
+        make_runner: Callable[[], ModelRunner],
         locate_adapter: Callable[[str], Path],
         *,
         max_adapters: int = 16,
         max_waiting: int = 64,
         max_rows: int = _MAX_ROWS,
+        budgets: Budgets = Budgets(),
         on_crash: Callable[[], None] = lambda: None,
     ) -> None:
         self._thread = EngineThread(
@@ -60,6 +63,7 @@ class LocalEngine:
             max_adapters=max_adapters,
             max_waiting=max_waiting,
             max_rows=max_rows,
+            budgets=budgets,
             on_crash=on_crash,
         )
 
@@ -84,18 +88,25 @@ class LocalEngine:
         await self._submit(stream)
         return stream
 
-    async def load(self, base_model: BaseModelRef, adapter: AdapterRef) -> ResidentAdapter:
+    async def load(
+        self, base_model: BaseModelRef, adapter: AdapterRef, *, keep: bool = False
+    ) -> ResidentAdapter:
         """Make an adapter resident; see `Engine.load`."""
         stream = _Stream(self._thread)
-        stream.work = Work(base_model, adapter, None, stream.deliver)
+        stream.work = Work(base_model, adapter, None, stream.deliver, keep=keep)
         await self._submit(stream)
         assert isinstance(stream.first, ResidentAdapter)
         return stream.first
 
-    async def unload(self, digest: str) -> bool:
+    async def unload(self, digest: str) -> int:
         """Forget an adapter; see `Engine.unload`."""
         self._check_ready()
         return await asyncio.wrap_future(self._thread.call(lambda: self._thread.unload(digest)))
+
+    async def release(self, digest: str) -> bool:
+        """Keep an adapter no longer; see `Engine.release`."""
+        self._check_ready()
+        return await asyncio.wrap_future(self._thread.call(lambda: self._thread.release(digest)))
 
     async def status(self) -> EngineStatus:
         """Return residency and counters; see `Engine.status`."""

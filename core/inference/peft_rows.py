@@ -7,7 +7,7 @@ that knows modules outside the Llama family.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,12 +35,27 @@ class PeftRows:
         self._device: torch.device = model.device
         self._tuner: Any = None
         self._layers: list[Any] = []
-        self._open = 0
+        self._caches: dict[int, Any] = {}
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
+        self._token_bytes: int = 2 * 4 * config.num_hidden_layers * heads * width
 
     @property
     def cache_bytes(self) -> int:
-        """Unknown: each row's cache grows by itself; 0 when no row is open."""
-        return self._open
+        """Size of the keys and values of all open rows."""
+        return sum(_cache_bytes(cache) for cache in self._caches.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the base weights take."""
+        own = {p.data_ptr(): p.nbytes for n, p in self.model.named_parameters() if "lora_" not in n}
+        return sum(own.values())
+
+    def bytes_for(self, lengths: Sequence[int], adapters: Collection[str]) -> int:
+        """Return what rows of these lengths take; an adapter's matrices are used where they are."""
+        return sum(lengths) * self._token_bytes
 
     def prepare(self, weights: AdapterWeights) -> AdapterWeights:
         """Return an adapter as it is; PEFT does everything when it is inserted."""
@@ -96,28 +111,25 @@ class PeftRows:
 
     def prefill(self, row: Row, max_tokens: int) -> Tensor | None:
         """Compute the next piece of a prompt; see `RowModel`."""
-        if row.cache is None:
-            from transformers import DynamicCache
-
-            row.cache = DynamicCache(config=self.model.config)
-            self._open += 1
+        cache = self._cache_of(row)
         piece = row.prompt_ids[row.length : row.length + max_tokens]
-        logits = self._forward(row.adapter, piece, cache=row.cache, logits_to_keep=1)
+        logits = self._forward(row.adapter, piece, cache=cache, logits_to_keep=1)
         row.length += len(piece)
         return logits[-1] if row.prefilled else None
 
     def fork(self, row: Row) -> Row:
         """Return another row with the same text; see `RowModel`."""
-        self._open += 1
-        return Row(row.adapter, row.prompt_ids, row.length, copy.deepcopy(row.cache))
+        twin = Row(row.adapter, row.prompt_ids, row.length, copy.deepcopy(row.cache))
+        self._caches[id(twin)] = twin.cache
+        return twin
 
     def decode(self, rows: Sequence[Row], token_ids: Sequence[int]) -> Tensor:
         """Append a token to each row; see `RowModel`."""
         logits = []
         for row, token_id in zip(rows, token_ids, strict=True):
-            if row.cache.get_seq_length() > row.length:
+            if (surplus := row.cache.get_seq_length() - row.length) > 0:
                 # An earlier pass over these rows failed at one behind this one.
-                row.cache.crop(row.length)
+                row.cache.crop(-surplus)
             logits.append(
                 self._forward(row.adapter, [token_id], cache=row.cache, logits_to_keep=1)[-1]
             )
@@ -129,7 +141,43 @@ class PeftRows:
         """Forget a row; see `RowModel`."""
         if row.cache is not None:
             row.cache = None
-            self._open -= 1
+            del self._caches[id(row)]
+
+    def read_cache(self, row: Row, start: int, end: int) -> Tensor | None:
+        """Return a copy of a part of the cache; see `RowModel`."""
+        from transformers.cache_utils import DynamicLayer
+
+        layers = row.cache.layers
+        # Others forget or sum up what they have seen.
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            return None
+        if len({layer.keys.shape for layer in layers} | {x.values.shape for x in layers}) > 1:
+            return None
+        parts = [
+            torch.stack([layer.keys[0, :, start:end], layer.values[0, :, start:end]])
+            for layer in layers
+        ]
+        # (layers, 2, heads, tokens, width) → (layers, tokens, 2, heads, width)
+        return torch.stack(parts).permute(0, 3, 1, 2, 4).contiguous()
+
+    @torch.inference_mode()
+    def write_cache(self, row: Row, start: int, blocks: Sequence[Tensor]) -> None:
+        """Give a row a part of the cache; see `RowModel`."""
+        cache = self._cache_of(row)
+        if (surplus := cache.get_seq_length() - start) > 0:
+            cache.crop(-surplus)
+        content = torch.cat(list(blocks), dim=1).permute(0, 2, 3, 1, 4)
+        for index, (keys, values) in enumerate(content):
+            cache.update(keys.unsqueeze(0), values.unsqueeze(0), index)
+        row.length = start + content.size(3)
+
+    def _cache_of(self, row: Row) -> Any:
+        if row.cache is None:
+            from transformers import DynamicCache
+
+            row.cache = DynamicCache(config=self.model.config)
+            self._caches[id(row)] = row.cache
+        return row.cache
 
     @torch.inference_mode()
     def _forward(
@@ -153,6 +201,15 @@ class PeftRows:
             layer._active_adapter = adapters
             if layer.active_adapters != adapters or layer.merged or layer.disable_adapters:
                 raise RuntimeError("an adapter layer did not accept the choice of the adapter")
+
+
+def _cache_bytes(cache: Any) -> int:
+    tensors = [
+        tensor
+        for layer in cache.layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+    ]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @torch.no_grad()

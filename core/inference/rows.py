@@ -7,7 +7,7 @@ other than logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,6 +39,15 @@ class Row:
         return self.length >= len(self.prompt_ids)
 
 
+class Prepared(Protocol):
+    """An adapter as a model wants it."""
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory."""
+        ...
+
+
 class RowModel(Protocol):
     """Computes logits for rows of any mixture of adapters; used from one thread."""
 
@@ -52,7 +61,21 @@ class RowModel(Protocol):
         """What open rows take; 0 when there are none."""
         ...
 
-    def prepare(self, weights: AdapterWeights) -> Any:
+    @property
+    def weight_bytes(self) -> int:
+        """What the base weights take."""
+        ...
+
+    def bytes_for(self, lengths: Sequence[int], adapters: Collection[str]) -> int:
+        """Return what rows of these lengths take side by side, at most.
+
+        Args:
+            lengths: Of the rows.
+            adapters: The resident adapters that they use.
+        """
+        ...
+
+    def prepare(self, weights: AdapterWeights) -> Prepared:
         """Return an adapter as `insert` wants it; safe from any thread."""
         ...
 
@@ -89,6 +112,24 @@ class RowModel(Protocol):
 
         Returns:
             The logits after it, float32, shape (rows, vocabulary).
+        """
+        ...
+
+    def read_cache(self, row: Row, start: int, end: int) -> Tensor | None:
+        """Return a copy of what some of a row's tokens have in the cache.
+
+        Returns:
+            Shape (layers, tokens, …); `None` where rows cannot take it over from one another.
+        """
+        ...
+
+    def write_cache(self, row: Row, start: int, blocks: Sequence[Tensor]) -> None:
+        """Give a row what another one of the same text and adapter has in the cache.
+
+        Args:
+            row: Of which at least `start` tokens are computed; its length becomes theirs.
+            start: First token.
+            blocks: As `read_cache` returned them, one behind the other.
         """
         ...
 

@@ -21,12 +21,16 @@ from core.inference.engine import (
     Timings,
 )
 from core.inference.generation import Answer, TokenChoice
-from core.inference.prompts import EncodedPrompt
+from core.inference.prefix_store import BLOCK_TOKENS, PrefixStore, block_keys
 
 if TYPE_CHECKING:
     from core.inference.loaded_base import LoadedBase
+    from core.inference.prompts import EncodedPrompt
     from core.inference.rows import Row
     from core.inference.sampling import RowSampler
+
+# Roughly, for languages in Latin script.
+_CHARACTERS_PER_TOKEN = 4
 
 # What becomes of a piece of work: events, or an error in place of the first one.
 Outcome = Union["EngineEvent", ResidentAdapter, TunesmithError]
@@ -59,6 +63,17 @@ class Work:
         adapter: On top of them, if any.
         request: What to answer; `None` only loads.
         deliver: Takes each outcome; called in the engine thread.
+        keep: Let the adapter stay in memory when nobody uses it.
+
+    Attributes:
+        cancelled: Nobody wants the answer any more.
+        ended: It was given up or is complete.
+        deadline: Monotonic time at which it is given up.
+        overtaken: How often others went first while it lacked something.
+        refusal: Why it cannot be prepared.
+        base_pinned: Whether it holds its base model in memory.
+        adapter_pinned: The same of its adapter.
+        row_lengths: How long each of its rows may become.
     """
 
     def __init__(
@@ -67,21 +82,50 @@ class Work:
         adapter: AdapterRef | None,
         request: GenerateRequest | None,
         deliver: Callable[[Outcome], None],
+        *,
+        keep: bool = False,
     ) -> None:
         self.base_model = base_model
         self.adapter = adapter
         self.request = request
         self.deliver = deliver
+        self.keep = keep
         self.cancelled = False
+        self.ended = False
+        self.overtaken = 0
+        self.refusal: TunesmithError | None = None
+        self.base_pinned = False
+        self.adapter_pinned = False
+        self.project_id = request.project_id if request else ""
         self.key = AdapterKey(base_model.digest, adapter.digest) if adapter else None
         self.rows = request.sampling.n if request else 0
         self._submitted = self._admitted = self._loaded = time.monotonic()
+        limit = request.deadline_seconds if request else None
+        self.deadline = None if limit is None else self._submitted + limit
         self._first_token: float | None = None
         self._started = False
         self._lines: list[Line] = []
         self.base: LoadedBase
         self.prefilled = False
         self._prompt_tokens = 0
+        self._prefix_keys: list[bytes] = []
+        self._shared_blocks = 0
+        self.row_lengths: list[int] = []
+
+    @property
+    def expected_tokens(self) -> int:
+        """What it will probably compute, for the order of turns."""
+        if self.request is None:
+            return 0
+        texts = [message.content for message in self.request.messages or ()]
+        characters = len(self.request.prompt or "") + sum(map(len, texts))
+        new_tokens = self.request.sampling.max_new_tokens * self.rows
+        return characters // _CHARACTERS_PER_TOKEN + new_tokens
+
+    @property
+    def computed_tokens(self) -> int:
+        """What it has computed so far."""
+        return self._prompt_tokens + sum(line.answer.completion_tokens for line in self._lines)
 
     @property
     def finished(self) -> bool:
@@ -121,6 +165,13 @@ class Work:
             for index in range(sampling.n)
         ]
         self._prompt_tokens = len(prompt.ids)
+        self._prefix_keys = block_keys(
+            prompt.ids,
+            base_digest=base.facts.digest,
+            adapter_digest=digest,
+            project_id=self.project_id,
+        )
+        self.row_lengths = [len(prompt.ids) + prompt.max_new_tokens] * sampling.n
         self._started = True
         self.deliver(
             Started(
@@ -136,14 +187,46 @@ class Work:
         """Prompt tokens that are not computed yet."""
         return self._prompt_tokens - self._lines[0].row.length
 
-    def prefill(self, max_tokens: int) -> int:
+    def reuse(self, prefixes: PrefixStore) -> None:
+        """Take over what others have computed of the same prompt since the last piece."""
+        row = self._lines[0].row
+        first = row.length // BLOCK_TOKENS
+        found = prefixes.find(self._prefix_keys, first)
+        if found:
+            before = row.length
+            self.base.rows.write_cache(row, first * BLOCK_TOKENS, found)
+            prefixes.reused_tokens += row.length - before
+        self._shared_blocks = max(self._shared_blocks, first + len(found))
+
+    def _share(self, prefixes: PrefixStore) -> None:
+        """Let others take over what is computed of the prompt."""
+        row = self._lines[0].row
+        for index in range(
+            self._shared_blocks, min(row.length // BLOCK_TOKENS, len(self._prefix_keys))
+        ):
+            start = index * BLOCK_TOKENS
+            if prefixes.wants(self._prefix_keys[index]):
+                block = self.base.rows.read_cache(row, start, start + BLOCK_TOKENS)
+                if block is not None:
+                    prefixes.put(
+                        self.base.facts.digest, self._prefix_keys, index, block, block.nbytes
+                    )
+            self._shared_blocks = index + 1
+
+    def prefill(self, max_tokens: int, prefixes: PrefixStore) -> int:
         """Compute a piece of the prompt, and with its last piece every answer's first token.
+
+        Args:
+            max_tokens: Size of the piece.
+            prefixes: Takes what is computed, for others.
 
         Returns:
             How many tokens were chosen; 0 while the prompt is not complete.
         """
         first, *others = self._lines
         logits = self.base.rows.prefill(first.row, max_tokens)
+        # Before any token: an answer may end with its first one, and its row with it.
+        self._share(prefixes)
         if logits is None:
             return 0
         for line in others:

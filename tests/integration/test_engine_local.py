@@ -1,10 +1,9 @@
-"""The engine inside this process keeps the contract."""
+"""What the engine inside this process does when things go wrong; see also test_engine_contract."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,9 +14,8 @@ from core.errors import Unavailable
 from core.inference.engine import AdapterRef, Engine, Failed
 from core.inference.lean.model import LeanModel
 from core.inference.local_engine import LocalEngine
-from core.inference.transformers_runner import TransformersRunner
-from tests.support.engine_contract import EngineContract
-from tests.support.engine_harness import LocalHarness, base_does_not_change
+from core.inference.model_runner import ModelRunner
+from tests.support.engine_harness import LocalHarness
 from tests.support.engine_world import World, collect, make_request
 
 T = TypeVar("T")
@@ -28,39 +26,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture(scope="module")
-def runners() -> list[TransformersRunner]:
-    return []
-
-
-@pytest.fixture(scope="module")
-def harness(world: World, runners: list[TransformersRunner]) -> Iterator[LocalHarness]:
-    harness = LocalHarness(world, runners)
-    yield harness
-    harness.engine.stop()
-
-
-class TestLeanEngine(EngineContract):
-    def test_it_is_the_lean_decoder(
-        self, harness: LocalHarness, world: World, runners: list[TransformersRunner]
-    ) -> None:
-        harness.run(lambda engine: collect(engine, make_request(world.base)))
-        assert isinstance(runners[0].bases[world.base.digest].rows, LeanModel)
-
-    def test_the_base_model_does_not_change_when_adapters_come_and_go(
-        self, harness: LocalHarness, world: World, runners: list[TransformersRunner]
-    ) -> None:
-        base_does_not_change(harness, world, runners)
-
-
 def test_a_request_that_fails_half_way_says_so_and_fails_alone(world: World) -> None:
-    runners: list[TransformersRunner] = []
-    harness = LocalHarness(world, runners)
+    harness = LocalHarness(world)
     request = make_request(world.base, max_new_tokens=200, min_new_tokens=200)
 
     async def scenario(engine: Engine) -> None:
         before = (await collect(engine, request)).text
-        rows = runners[0].bases[world.base.digest].rows
+        rows = harness.rows(world.base)
         assert isinstance(rows, LeanModel)
         embedding = rows._decoder.embedding
         kept = embedding.clone()
@@ -89,7 +61,7 @@ def test_adapters_that_are_fetched_slowly_hold_nobody_up(world: World) -> None:
         return world.locate_adapter(digest)
 
     engine = LocalEngine(
-        lambda: TransformersRunner("cpu", threads=1, precision="float32"), locate_adapter
+        lambda: ModelRunner("cpu", threads=1, precision="float32"), locate_adapter
     ).start()
     assert engine.ready.wait(60)
 
@@ -115,7 +87,7 @@ def test_adapters_that_are_fetched_slowly_hold_nobody_up(world: World) -> None:
 
 
 def test_a_stopped_engine_fails_what_is_not_done(world: World) -> None:
-    harness = LocalHarness(world, [])
+    harness = LocalHarness(world)
     request = make_request(world.base, max_new_tokens=480, min_new_tokens=480, n=16)
 
     async def scenario(engine: Engine) -> None:
@@ -135,7 +107,7 @@ def test_a_stopped_engine_fails_what_is_not_done(world: World) -> None:
 def test_an_engine_that_cannot_start_reports_it() -> None:
     crashed: list[bool] = []
 
-    def make_runner() -> TransformersRunner:
+    def make_runner() -> ModelRunner:
         raise RuntimeError("no device")
 
     engine = LocalEngine(make_runner, Path, on_crash=lambda: crashed.append(True)).start()

@@ -216,6 +216,46 @@ def test_an_adapter_that_comes_back_under_its_name_is_not_confused_with_the_old_
     texts.step(again, [3, 4])
 
 
+def test_rows_close_up_when_room_is_needed_and_never_take_more_than_was_foreseen() -> None:
+    model = make_model("llama")
+    adapters = [make_adapter(model, 0, 4), make_adapter(model, 1, 16, "q_proj")]
+    texts = Texts(model, LeanModel(model, "float32"), adapters)
+    lean = texts.lean
+    rows = [
+        texts.open(digest, [number, 2, 3])
+        for number in range(3)
+        for digest in (None, *texts.adapters)
+    ]
+    long = texts.open("digest-1", list(range(90)))
+    texts.step([*rows, long], list(range(10)))
+    for row in rows[:8]:
+        lean.close_row(row)
+    # What is left stands behind; growing in length must not keep the room of who has left.
+    before = lean.cache_bytes
+    late = texts.open(None, [4, 5, *range(60)], piece=7)
+    for token_id in range(45):
+        texts.step([long, rows[8], late], [token_id, 2, 3])
+    assert lean.cache_bytes == lean.bytes_for([len(texts.ids[long])] * 3, ()) < before
+
+
+def test_what_one_row_has_computed_serves_another_of_the_same_text() -> None:
+    model = make_model("qwen3")
+    texts = Texts(model, LeanModel(model, "float32"), [make_adapter(model, 0, 4)])
+    prompt = [number % VOCABULARY for number in range(100)]
+    first = texts.open("digest-0", prompt)
+    blocks = [texts.lean.read_cache(first, start, start + 32) for start in (0, 32, 64)]
+    row = texts.lean.open_row("digest-0", prompt)
+    # A piece of its own, then two blocks of which the first overlaps it, then the rest.
+    assert texts.lean.prefill(row, 40) is None
+    texts.lean.write_cache(row, 32, blocks[1:])
+    assert row.length == 96
+    logits = texts.lean.prefill(row, 512)
+    assert logits is not None
+    texts.ids[row] = list(prompt)
+    texts.check(row, logits)
+    texts.step([row, first], [5, 6])
+
+
 @pytest.mark.parametrize("precision", offered_precisions(torch.device("cpu")))
 def test_a_rows_logits_do_not_depend_on_its_neighbours(precision: Any) -> None:
     model = make_model("llama")

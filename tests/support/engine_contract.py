@@ -363,10 +363,20 @@ class EngineContract:
         assert answer.done is not None
         assert answer.done.prompt_tokens + answer.done.completion_tokens <= 512
 
-    def test_messages_need_a_template(self, harness: Harness, world: World) -> None:
+    def test_a_model_without_a_template_reads_messages_as_chatml(
+        self, harness: Harness, world: World
+    ) -> None:
         messages = [Message(role="user", content="Hi")]
-        refused = self._refused(harness, make_request(world.twin, messages=messages))
-        assert (type(refused), refused.code) == (InvalidInput, "no_chat_template")
+        text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        by_messages = make_request(world.twin, messages=messages, max_new_tokens=8)
+        by_prompt = make_request(world.twin, prompt=text, max_new_tokens=8)
+
+        async def scenario(engine: Engine) -> tuple[Collected, Collected]:
+            return await collect(engine, by_messages), await collect(engine, by_prompt)
+
+        rendered, plain = harness.run(scenario)
+        assert rendered.started.prompt_tokens == plain.started.prompt_tokens
+        assert rendered.text == plain.text
 
     def test_messages_are_rendered_with_the_adapters_own_template(
         self, harness: Harness, world: World

@@ -115,3 +115,96 @@ def test_one_adapter_on_two_bases_is_two(bank: AdapterBank, clock: Clock) -> Non
     load(bank, clock, A)
     assert bank.pin(other)
     assert not bank.is_resident(other)
+
+
+def test_bytes_bound_the_bank_as_slots_do(clock: Clock, evicted: list[AdapterKey]) -> None:
+    bank = AdapterBank(10, evicted.append, max_bytes=100, clock=clock)
+    for key, size in ((A, 40), (B, 50)):
+        assert bank.pin(key)
+        assert bank.make_room(size)
+        bank.loaded(key, bytes=size, load_ms=1.0)
+    assert bank.pin(C)
+    assert not bank.make_room(20)
+    bank.unpin(B)
+    assert bank.make_room(20)
+    assert (evicted, bank.bytes) == ([B], 40)
+    with pytest.raises(Conflict) as refused:
+        bank.make_room(101)
+    assert refused.value.code == "adapter_too_large"
+
+
+def test_what_took_long_to_load_stays_longer(
+    bank: AdapterBank, clock: Clock, evicted: list[AdapterKey]
+) -> None:
+    for key, load_ms in ((A, 100.0), (B, 10.0)):
+        clock.now += 1
+        assert bank.pin(key)
+        bank.loaded(key, bytes=10, load_ms=load_ms)
+        bank.unpin(key)
+    clock.now += 1
+    assert bank.pin(C)
+    assert evicted == [B]
+    bank.loaded(C, bytes=10, load_ms=1000.0)
+    bank.unpin(C)
+    # But not for ever.
+    clock.now += 10
+    for _ in range(20):
+        clock.now += 10
+        assert bank.pin(C)
+        bank.unpin(C)
+    assert bank.pin(B)
+    assert evicted == [B, A]
+
+
+def test_kept_adapters_stay_and_never_fill_the_bank(
+    clock: Clock, evicted: list[AdapterKey]
+) -> None:
+    bank = AdapterBank(4, evicted.append, max_bytes=100, clock=clock)
+    load(bank, clock, A)
+    bank.keep(A)
+    for number in range(20):
+        load(bank, clock, AdapterKey("base", f"other-{number}"))
+    assert bank.is_resident(A)
+    assert bank.describe(A).kept
+    load(bank, clock, B)
+    bank.keep(B)
+    load(bank, clock, C)
+    with pytest.raises(Conflict) as refused:
+        bank.keep(C)
+    assert refused.value.code == "kept_adapters_full"
+    # What fits in no other way is more important than keeping.
+    large = AdapterKey("base", "large")
+    assert bank.pin(large)
+    assert bank.make_room(85)
+    assert not (bank.is_resident(A) and bank.is_resident(B))
+    bank.loaded(large, bytes=85, load_ms=1.0)
+    bank.unpin(large)
+    assert bank.release("b")
+    assert not bank.release("b")
+
+
+def test_adapters_that_have_left_are_told_and_a_small_bank_is_warned_of(
+    bank: AdapterBank, clock: Clock
+) -> None:
+    load(bank, clock, A)
+    load(bank, clock, B)
+    assert bank.warning() is None
+    load(bank, clock, C)
+    assert [(gone.digest, gone.tier, gone.evictions) for gone in bank.evicted()] == [
+        ("a", "disk", 1)
+    ]
+    assert "3 adapters" in str(bank.warning())
+    clock.now += 700
+    load(bank, clock, C)
+    assert bank.warning() is None
+
+
+def test_a_base_model_leaves_with_its_adapters(
+    bank: AdapterBank, clock: Clock, evicted: list[AdapterKey]
+) -> None:
+    other = AdapterKey("other base", "b")
+    load(bank, clock, A)
+    load(bank, clock, other)
+    bank.drop_base("base")
+    assert evicted == [A]
+    assert bank.bytes == 10

@@ -49,6 +49,8 @@ class AdapterMatrices:
     Attributes:
         rank: Rank of the adapter.
         layers: One entry for each layer.
+        bytes: What the matrices take.
+        touched: For each field of `LayerAdapters` whether any layer has it.
         applied: The modules that the decoder computes with this adapter.
     """
 
@@ -73,6 +75,26 @@ class AdapterMatrices:
             _layer(by_layer.get(index, {}), norm, shape, widths, weights.r, scale, device)
             for index, norm in enumerate(norms)
         ]
+        self.bytes = sum(tensor.nbytes for layer in self.layers for tensor in layer)
+        self.touched = tuple(
+            any(getattr(layer, field).numel() for layer in self.layers)
+            for field in LayerAdapters._fields
+        )
+
+
+def bank_bytes(adapters: Sequence[AdapterMatrices]) -> int:
+    """Return what the bank takes with these adapters side by side."""
+    if not adapters:
+        return 0
+    rank = max(adapter.rank for adapter in adapters)
+    numbers = 0
+    for index, field in enumerate(LayerAdapters._fields):
+        user = next((adapter for adapter in adapters if adapter.touched[index]), None)
+        if user is not None:
+            # All layers of the bank have the matrices that any layer of any adapter has.
+            widest = max(getattr(layer, field).numel() for layer in user.layers)
+            numbers += widest // user.rank * rank * len(user.layers)
+    return 4 * numbers * len(adapters)
 
 
 class ActiveBank:
@@ -92,7 +114,8 @@ class ActiveBank:
         chosen = [resident[digest] for digest in digests]
         rank = max(adapter.rank for adapter in chosen)
         touched = tuple(
-            any(_touches(adapter, field) for adapter in chosen) for field in LayerAdapters._fields
+            any(adapter.touched[index] for adapter in chosen)
+            for index in range(len(LayerAdapters._fields))
         )
         if len(digests) > len(self._digests) or rank != self._rank or touched != self._touched:
             self._allocate(len(digests), rank, touched, chosen[0])
@@ -120,9 +143,8 @@ class ActiveBank:
     def _allocate(
         self, slots: int, rank: int, touched: tuple[bool, ...], like: AdapterMatrices
     ) -> None:
-        self._digests = [None] * slots
-        self._rank, self._touched = rank, touched
-        self._storage = [
+        # First of all, so that a lack of memory leaves things as they are.
+        storage = [
             LayerAdapters(
                 *(
                     _empty(tensor, field, slots, rank, used)
@@ -133,7 +155,9 @@ class ActiveBank:
             )
             for layer in like.layers
         ]
-        self._views = self._storage
+        self._digests = [None] * slots
+        self._rank, self._touched = rank, touched
+        self._storage = self._views = storage
 
     def _fill(self, slot: int, adapter: AdapterMatrices) -> None:
         for stored, own in zip(self._storage, adapter.layers, strict=True):
@@ -201,10 +225,6 @@ def _layer(
             tensors[f"b_{part}"] = b.to(device)
         tensors[f"a_{product}"] = a.to(device)
     return LayerAdapters(**tensors)
-
-
-def _touches(adapter: AdapterMatrices, field: str) -> bool:
-    return any(getattr(layer, field).numel() for layer in adapter.layers)
 
 
 def _empty(like: Tensor, field: str, slots: int, rank: int, used: bool) -> Tensor:

@@ -1,5 +1,8 @@
 """Keys and values of all rows, one tensor for each layer.
 
+All rows have room for the longest of them. The room changes only when more is needed, and becomes
+then just what the rows of that moment need.
+
 The rows of a step must lie side by side, so rows are moved when others leave; that copies one row,
 while collecting rows from all over would copy every row in every step.
 """
@@ -39,27 +42,31 @@ class KvCache:
     @property
     def bytes(self) -> int:
         """Size of all tensors."""
-        return self.bytes_for(self.slots, self.capacity)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def bytes_for(self, slots: int, capacity: int) -> int:
-        """Return what a cache of this size takes."""
-        numbers = 2 * self._row_shape[1] * self._row_shape[2]
-        return self._layers * slots * capacity * numbers * 4
+        """Return what a cache with room for so many rows of so many positions takes."""
+        positions = _round_up(slots, _SLOTS_STEP) * _round_up(capacity, _CAPACITY_STEP)
+        return self._layers * positions * 2 * self._row_shape[1] * self._row_shape[2] * 4
 
-    def fit(self, slots: int, capacity: int) -> None:
-        """Make room for at least so many rows of so many positions; what is there stays."""
-        if slots <= self.slots and capacity <= self.capacity:
-            return
-        slots = max(self.slots, _round_up(slots, _SLOTS_STEP))
-        capacity = max(self.capacity, _round_up(capacity, _CAPACITY_STEP))
+    def holds(self, slots: int, capacity: int) -> bool:
+        """Tell whether there is room for so many rows of so many positions."""
+        return slots <= self.slots and capacity <= self.capacity
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """Have room for so many rows of so many positions and little more; these stay."""
+        slots, capacity = _round_up(slots, _SLOTS_STEP), _round_up(capacity, _CAPACITY_STEP)
+        # Should memory run out half-way, the next step resizes again rather than trust the rest.
+        self.slots = self.capacity = 0
         for index in range(self._layers):
             # One layer at a time, so that old and new are never there in full together.
-            grown = torch.zeros(slots, capacity, *self._row_shape, device=self._device)
-            if self.tensors and index < len(self.tensors):
-                grown[: self.slots, : self.capacity] = self.tensors[index]
-                self.tensors[index] = grown
+            new = torch.zeros(slots, capacity, *self._row_shape, device=self._device)
+            if index < len(self.tensors):
+                old = self.tensors[index][:slots, :capacity]
+                new[: old.size(0), : old.size(1)] = old
+                self.tensors[index] = new
             else:
-                self.tensors.append(grown)
+                self.tensors.append(new)
         self.slots, self.capacity = slots, capacity
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -73,6 +80,10 @@ class KvCache:
             kept = tensor[one, :length].clone()
             tensor[one, :length] = tensor[other, :length]
             tensor[other, :length] = kept
+
+    def empty_twin(self) -> KvCache:
+        """Return a cache for rows of the same model, without room."""
+        return KvCache(self._layers, self._row_shape[1], self._row_shape[2], self._device)
 
     def clear(self) -> None:
         """Give all memory back."""

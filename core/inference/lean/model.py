@@ -7,14 +7,20 @@ the first slots; rows whose prompt is still being read stand behind them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.inference.gates import AdapterWeights
-from core.inference.lean.adapters import ActiveBank, AdapterMatrices, LayerNorms, arrange
+from core.inference.lean.adapters import (
+    ActiveBank,
+    AdapterMatrices,
+    LayerNorms,
+    arrange,
+    bank_bytes,
+)
 from core.inference.lean.decoder import Batch, Decoder, Groups, LayerAdapters
 from core.inference.lean.kv_cache import KvCache
 from core.inference.lean.linear import Precision, linear_maker
@@ -43,6 +49,7 @@ class LeanModel:
         self._device: torch.device = model.device
         self._shape = shape_of(model)
         decoder = build_decoder(model, linear_maker(precision, self._device))
+        self._weight_bytes = _weight_bytes(model, precision)
         self._decoder = _compile(decoder) if compiled else decoder
         layers = model.model.layers
         self._norms = [
@@ -67,6 +74,16 @@ class LeanModel:
     def cache_bytes(self) -> int:
         """Size of the key-value cache at present."""
         return self._cache.bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the base weights take."""
+        return self._weight_bytes
+
+    def bytes_for(self, lengths: Sequence[int], adapters: Collection[str]) -> int:
+        """Return what rows of these lengths take, and their adapters side by side."""
+        cache = self._cache.bytes_for(len(lengths), max(lengths, default=0))
+        return cache + bank_bytes([self._resident[digest] for digest in adapters])
 
     def prepare(self, weights: AdapterWeights) -> AdapterMatrices:
         """Return an adapter's matrices as the decoder wants them; safe from any thread."""
@@ -94,7 +111,8 @@ class LeanModel:
         if row.cache is None:
             self._take_slot(row)
         piece = row.prompt_ids[row.length : row.length + max_tokens]
-        logits = self._compute_piece(row, piece, last_only=True)
+        self._fit(row.length + len(piece))
+        logits = self._compute_piece(row, piece, self._cache, last_only=True)
         row.length += len(piece)
         return logits[0] if row.prefilled else None
 
@@ -110,7 +128,7 @@ class LeanModel:
     def decode(self, rows: Sequence[Row], token_ids: Sequence[int]) -> Tensor:
         """Append a token to each row; see `RowModel`."""
         longest = max(row.length for row in rows) + 1
-        self._cache.fit(len(self._slots), longest)
+        self._fit(longest)
         self._bring_to_front(rows)
         order = sorted(range(len(rows)), key=lambda index: int(rows[index].cache))
         adapters, groups = arrange([rows[index].adapter for index in order])
@@ -118,7 +136,9 @@ class LeanModel:
         slots = torch.arange(len(rows), device=self._device) * self._cache.capacity + positions
         logits: Tensor = self._run(
             torch.tensor([token_ids[index] for index in order], device=self._device),
-            Batch(len(rows), 1, 0, self._seen_length(longest), positions, slots, self._nothing),
+            Batch(
+                len(rows), 1, 0, _seen_length(longest, self._cache), positions, slots, self._nothing
+            ),
             self._cache.tensors,
             self._bank.select(adapters, self._resident) if adapters else self._no_adapters,
             groups,
@@ -144,25 +164,43 @@ class LeanModel:
     @torch.inference_mode()
     def logits_of(self, adapter: str | None, token_ids: Sequence[int]) -> Tensor:
         """Return the logits of every position of a text by itself, (tokens, vocabulary)."""
-        row = Row(adapter, list(token_ids))
-        self._take_slot(row)
-        try:
-            return self._compute_piece(row, row.prompt_ids, last_only=False)
-        finally:
-            self.close_row(row)
+        # In a cache of its own: it is no request, and shall not take memory from any.
+        apart = self._cache.empty_twin()
+        apart.resize(1, len(token_ids))
+        row = Row(adapter, list(token_ids), cache=0)
+        return self._compute_piece(row, row.prompt_ids, apart, last_only=False)
 
-    def _compute_piece(self, row: Row, token_ids: list[int], *, last_only: bool) -> Tensor:
+    def read_cache(self, row: Row, start: int, end: int) -> Tensor:
+        """Return a copy of a part of the cache; see `RowModel`."""
+        if row.cache is None:
+            raise RuntimeError("the row has nothing in the cache")
+        return torch.stack([tensor[row.cache, start:end] for tensor in self._cache.tensors])
+
+    @torch.inference_mode()
+    def write_cache(self, row: Row, start: int, blocks: Sequence[Tensor]) -> None:
+        """Give a row a part of the cache; see `RowModel`."""
+        if row.cache is None:
+            self._take_slot(row)
+        content = torch.cat(list(blocks), dim=1)
+        end = start + content.size(1)
+        self._fit(end)
+        for tensor, part in zip(self._cache.tensors, content, strict=True):
+            tensor[row.cache, start:end] = part
+        row.length = end
+
+    def _compute_piece(
+        self, row: Row, token_ids: list[int], cache: KvCache, *, last_only: bool
+    ) -> Tensor:
         count = len(token_ids)
-        self._cache.fit(len(self._slots), row.length + count)
         positions = torch.arange(row.length, row.length + count, device=self._device)
-        slots = positions + row.cache * self._cache.capacity
+        slots = positions + row.cache * cache.capacity
         keep = torch.tensor([count - 1], device=self._device) if last_only else self._nothing
-        length = self._seen_length(row.length + count)
+        length = _seen_length(row.length + count, cache)
         adapter = self._resident[row.adapter].layers if row.adapter else self._no_adapters
         logits: Tensor = self._run(
             torch.tensor(token_ids, device=self._device),
             Batch(1, count, row.cache, length, positions, slots, keep),
-            self._cache.tensors,
+            cache.tensors,
             adapter,
             self._all_rows if row.adapter else self._no_groups,
         )
@@ -173,8 +211,22 @@ class LeanModel:
         torch._C._set_graph_executor_optimize(False)
         return self._decoder(*arguments)
 
-    def _seen_length(self, longest: int) -> int:
-        return min(-(-longest // _LENGTH_BLOCK) * _LENGTH_BLOCK, self._cache.capacity)
+    def _fit(self, longest: int) -> None:
+        """Have room for all rows there are, and for `longest` positions in each."""
+        if self._cache.holds(len(self._slots), longest):
+            return
+        self._close_gaps()
+        lengths = [row.length for row in self._slots if row is not None]
+        self._cache.resize(len(self._slots), max(longest, *lengths))
+
+    def _close_gaps(self) -> None:
+        """Move rows from behind to where others have left, so that no room is taken for those."""
+        while None in self._slots:
+            row = self._slots.pop()
+            if row is not None:
+                slot = self._slots.index(None)
+                self._cache.copy(row.cache, slot, row.length)
+                self._slots[slot], row.cache = row, slot
 
     def _take_slot(self, row: Row) -> None:
         if None in self._slots:
@@ -183,7 +235,7 @@ class LeanModel:
         else:
             row.cache = len(self._slots)
             self._slots.append(row)
-        self._cache.fit(len(self._slots), row.length + 1)
+        self._fit(row.length + 1)
 
     def _bring_to_front(self, rows: Sequence[Row]) -> None:
         """Move the rows into the first slots, each of them at most once."""
@@ -201,6 +253,18 @@ class LeanModel:
                 other.cache = source
             self._slots[source], self._slots[slot] = other, row
             row.cache = slot
+
+
+def _seen_length(longest: int, cache: KvCache) -> int:
+    return min(-(-longest // _LENGTH_BLOCK) * _LENGTH_BLOCK, cache.capacity)
+
+
+def _weight_bytes(model: Any, precision: Precision) -> int:
+    """Return what the decoder makes of a model; the embedding stays in float32."""
+    embedding = model.get_input_embeddings().weight.numel()
+    tied = model.config.tie_word_embeddings
+    products = sum(p.numel() for p in model.parameters()) - (0 if tied else embedding)
+    return 4 * int(embedding) + (4 if precision == "float32" else 2) * int(products)
 
 
 def _widths(layer: Any) -> dict[str, tuple[int, int]]:

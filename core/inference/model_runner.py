@@ -6,10 +6,14 @@ the lean decoder where it can, transformers and PEFT for every other causal lang
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from core.artifacts import TOKENIZER_FILE, sha256_file, tree_digest
 from core.causal_lm import linear_modules, load_causal_lm, select_device
@@ -26,6 +30,7 @@ from core.inference.loaded_base import LoadedBase, PreparedAdapter
 from core.inference.peft_rows import PeftRows
 from core.inference.rows import RowModel
 from core.logging import get_logger
+from core.memory_limits import usable_memory_bytes
 
 # For architectures that state no limit of their own.
 _UNLIMITED_CONTEXT = 1_000_000
@@ -33,13 +38,17 @@ _UNLIMITED_CONTEXT = 1_000_000
 log = get_logger(__name__)
 
 
-class TransformersRunner:
-    """The base models of one device.
+class ModelRunner:
+    """The base models of one device, each on the path that is best for it.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         threads: Torch threads; 0 leaves torch's choice, all cores.
         precision: Of the base weights on the lean path; `auto` is the device's preferred one.
+
+    Attributes:
+        bases: Loaded ones, by digest.
+        memory_bytes: Of the device.
     """
 
     def __init__(
@@ -51,8 +60,32 @@ class TransformersRunner:
         if threads:
             torch.set_num_threads(threads)
         self.device = select_device(device)
+        self.memory_bytes = _memory_bytes(self.device)
         self._precision = precision
         self.bases: dict[str, LoadedBase] = {}
+
+    def size(self, ref: BaseModelRef) -> int:
+        """Return what loading a base model takes at most, in float32; 0 if it cannot be read."""
+        try:
+            return 4 * sum(map(_count_numbers, sorted(Path(ref.path).glob("*.safetensors"))))
+        except (OSError, SafetensorError):
+            return 0
+
+    def give_memory_back(self, *, of_base: bool) -> None:
+        """Return to the system what was freed; safe from any thread.
+
+        Args:
+            of_base: Whether a base model has left, too.
+        """
+        if of_base:
+            # Models refer to themselves in circles. It stops all threads for a while.
+            gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        # glibc keeps what was freed between other blocks, which after large matrices is much.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
     def load_base(self, ref: BaseModelRef) -> LoadedBase:
         """Read a base model from disk; safe from any thread.
@@ -114,6 +147,17 @@ class TransformersRunner:
     def remove_adapter(self, key: AdapterKey) -> None:
         """Take an adapter out of memory."""
         self.bases[key.base_digest].remove(key.digest)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return usable_memory_bytes()
+
+
+def _count_numbers(path: Path) -> int:
+    with safe_open(path, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -1,0 +1,1 @@
+"""Random requests, loads, evictions and cancellations; no answer may come from other weights."""
