@@ -5,8 +5,9 @@ Imports no model library: the API is up in about a second and stays small.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,7 +19,7 @@ from core.db.session import Database
 from core.inference.engine import Engine
 from core.queue import CeleryQueue, JobQueue
 from core.storage import open_store
-from service import errors
+from service import errors, pins
 from service.deps import Services
 from service.engine_client import EnginePool
 from service.middleware import BodyLimitMiddleware, GuardMiddleware, RequestMiddleware
@@ -26,6 +27,7 @@ from service.openapi import DESCRIPTION, TAGS, complete_document
 from service.routes import (
     adapters,
     datasets,
+    exports,
     generate,
     job_control,
     job_validation,
@@ -70,7 +72,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with closing:
-            yield
+            pinning = asyncio.create_task(pins.keep_aligned(services))
+            try:
+                yield
+            finally:
+                pinning.cancel()
+                with suppress(asyncio.CancelledError):
+                    await pinning
 
     app = _Api(
         title="Tunesmith",
@@ -93,6 +101,7 @@ def create_app(
         jobs,
         job_control,
         adapters,
+        exports,
         webhooks,
         generate,
         models,

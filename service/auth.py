@@ -63,3 +63,4 @@ class _Requires:
 Reader = Annotated[Principal, Depends(_Requires("read"))]
 Trainer = Annotated[Principal, Depends(_Requires("train"))]
 Generator = Annotated[Principal, Depends(_Requires("generate"))]
+Admin = Annotated[Principal, Depends(_Requires("admin"))]

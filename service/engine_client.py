@@ -92,16 +92,23 @@ class RemoteEngine:
                     await response.aclose()
         return _RemoteStream(response)
 
-    async def load(self, base_model: BaseModelRef, adapter: AdapterRef) -> ResidentAdapter:
+    async def load(
+        self, base_model: BaseModelRef, adapter: AdapterRef, *, keep: bool = False
+    ) -> ResidentAdapter:
         """Make an adapter resident; see `Engine.load`."""
-        wanted = LoadRequest(base_model=base_model, adapter=adapter)
+        wanted = LoadRequest(base_model=base_model, adapter=adapter, keep=keep)
         body = await self._call("POST", "/adapters", content=wanted.model_dump_json())
         return ResidentAdapter.model_validate_json(body)
 
-    async def unload(self, digest: str) -> bool:
+    async def unload(self, digest: str) -> int:
         """Forget an adapter; see `Engine.unload`."""
         body = await self._call("DELETE", f"/adapters/{digest}")
-        return bool(json.loads(body)["unloaded"])
+        return int(json.loads(body)["freed_bytes"])
+
+    async def release(self, digest: str) -> bool:
+        """Keep an adapter no longer; see `Engine.release`."""
+        body = await self._call("DELETE", f"/kept/{digest}")
+        return bool(json.loads(body)["released"])
 
     async def status(self) -> EngineStatus:
         """Return residency and counters; see `Engine.status`."""
@@ -220,16 +227,21 @@ class EnginePool:
         key = request.adapter.digest if request.adapter else request.request_id
         return await self._first_reachable(key, lambda engine: engine.generate(request))
 
-    async def load(self, base_model: BaseModelRef, adapter: AdapterRef) -> ResidentAdapter:
+    async def load(
+        self, base_model: BaseModelRef, adapter: AdapterRef, *, keep: bool = False
+    ) -> ResidentAdapter:
         """Make an adapter resident where its requests will go; see `Engine.load`."""
         return await self._first_reachable(
-            adapter.digest, lambda engine: engine.load(base_model, adapter)
+            adapter.digest, lambda engine: engine.load(base_model, adapter, keep=keep)
         )
 
-    async def unload(self, digest: str) -> bool:
+    async def unload(self, digest: str) -> int:
         """Forget an adapter everywhere; see `Engine.unload`. Engines out of reach are left out."""
-        outcomes = await self._ask_all(lambda engine: engine.unload(digest))
-        return any(outcomes)
+        return sum(await self._ask_all(lambda engine: engine.unload(digest)))
+
+    async def release(self, digest: str) -> bool:
+        """Keep an adapter no longer anywhere; see `Engine.release`."""
+        return any(await self._ask_all(lambda engine: engine.release(digest)))
 
     async def status(self) -> EngineStatus:
         """Return the sum over the engines that can be reached; see `Engine.status`."""
@@ -271,20 +283,21 @@ def _sum(statuses: Sequence[EngineStatus]) -> EngineStatus:
     precision: dict[str, str] = {}
     for status in statuses:
         precision |= status.precision
+    # All whole numbers of a status are counts and sizes.
+    counts = {
+        name: sum(getattr(status, name) for status in statuses)
+        for name, field in EngineStatus.model_fields.items()
+        if field.annotation is int
+    }
     return EngineStatus(
         ready=any(status.ready for status in statuses),
         device=", ".join(sorted({status.device for status in statuses if status.ready})),
         base_models=sorted({digest for status in statuses for digest in status.base_models}),
         precision=precision,
         adapters=[adapter for status in statuses for adapter in status.adapters],
-        running=sum(status.running for status in statuses),
-        waiting=sum(status.waiting for status in statuses),
-        loads=sum(status.loads for status in statuses),
-        evictions=sum(status.evictions for status in statuses),
-        load_failures=sum(status.load_failures for status in statuses),
-        prompt_tokens=sum(status.prompt_tokens for status in statuses),
-        completion_tokens=sum(status.completion_tokens for status in statuses),
-        resident_bytes=sum(status.resident_bytes for status in statuses),
+        evicted=[adapter for status in statuses for adapter in status.evicted],
+        warnings=sorted({warning for status in statuses for warning in status.warnings}),
+        **counts,
     )
 
 

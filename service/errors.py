@@ -47,7 +47,12 @@ _STATUS_BY_KIND: tuple[tuple[type[TunesmithError], int], ...] = (
     (Conflict, 409),
     (Unavailable, 503),
 )
-_STATUS_BY_CODE = {"invalid_json": 400, "engine_full": 429, "method_not_allowed": 405}
+_STATUS_BY_CODE = {
+    "invalid_json": 400,
+    "engine_full": 429,
+    "method_not_allowed": 405,
+    "deadline_exceeded": 504,
+}
 
 log = get_logger(__name__)
 

@@ -122,7 +122,9 @@ def engine_request(body: GenerateBody, target: Target, principal: Principal) -> 
         adapter=target.adapter,
         prompt=body.prompt,
         messages=body.messages,
+        tools=body.tools,
         sampling=body.sampling(),
+        deadline_seconds=body.deadline_seconds,
     )
 
 

@@ -178,6 +178,12 @@ def _engine_metrics(status: EngineStatus) -> Iterable[Metric]:
         "tunesmith_engine_ready": ("Whether the engine accepts requests.", float(status.ready)),
         "tunesmith_engine_resident_adapters": ("Adapters in memory.", len(status.adapters)),
         "tunesmith_engine_resident_bytes": ("Bytes of adapters in memory.", status.resident_bytes),
+        "tunesmith_engine_row_bytes": ("Keys and values of rows at work.", status.row_bytes),
+        "tunesmith_engine_prefix_bytes": (
+            "Bytes kept of prompts for others that begin alike.",
+            status.prefix_bytes,
+        ),
+        "tunesmith_engine_base_bytes": ("Bytes of base models in memory.", status.base_bytes),
         "tunesmith_engine_running_requests": ("Requests being answered.", status.running),
         "tunesmith_engine_waiting_requests": ("Requests that wait for a place.", status.waiting),
     }
@@ -185,7 +191,12 @@ def _engine_metrics(status: EngineStatus) -> Iterable[Metric]:
         "tunesmith_engine_adapter_loads": ("Adapters loaded.", status.loads),
         "tunesmith_engine_adapter_evictions": ("Adapters evicted.", status.evictions),
         "tunesmith_engine_adapter_load_failures": ("Loads refused.", status.load_failures),
-        "tunesmith_engine_prompt_tokens": ("Prompt tokens computed.", status.prompt_tokens),
+        "tunesmith_engine_base_loads": ("Base models loaded.", status.base_loads),
+        "tunesmith_engine_prompt_tokens": ("Prompt tokens of requests.", status.prompt_tokens),
+        "tunesmith_engine_reused_prompt_tokens": (
+            "Prompt tokens taken over from a prompt that began alike.",
+            status.reused_prompt_tokens,
+        ),
         "tunesmith_engine_completion_tokens": ("Tokens generated.", status.completion_tokens),
     }
     for name, (description, value) in gauges.items():

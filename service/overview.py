@@ -42,13 +42,12 @@ def engine_view(services: Services, principal: Principal, status: EngineStatus) 
 
     An administrator sees every resident digest, named where it is the own project's.
     """
+    known = [*status.adapters, *status.evicted]
     with services.database.session() as session:
-        names = queries.names_by_digest(
-            session, principal, [adapter.digest for adapter in status.adapters]
-        )
+        names = queries.names_by_digest(session, principal, [adapter.digest for adapter in known])
     adapters = [
         EngineAdapter(**adapter.model_dump(), names=list(names.get(adapter.digest, ())))
-        for adapter in status.adapters
+        for adapter in known
         if adapter.digest in names or "admin" in principal.scopes
     ]
     return EngineRead.of(status, adapters)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from core.exports import ExportDtype, ExportFormat
 from core.inference.engine import (
     EngineStatus,
     FinishReason,
@@ -43,15 +44,30 @@ class GenerateBody(SamplingParams):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = Field(
         None, description="Turns that are rendered with the model's chat template."
     )
+    tools: Annotated[list[dict[str, JsonValue]], Field(min_length=1, max_length=128)] | None = (
+        Field(
+            None,
+            description="Functions the assistant may call, as OpenAI spells them; a call is part of"
+            " the text that is answered.",
+        )
+    )
     base_model: Annotated[str, Field(max_length=128)] | None = Field(
         None, description="A name from `GET /models`; needed only if several are configured."
     )
     stream: bool = Field(False, description="Answer with server-sent events while generating.")
+    deadline_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=86_400,
+        description="Give up with `deadline_exceeded` when the answer is not complete by then.",
+    )
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either 'prompt' or 'messages'")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("'tools' needs 'messages'")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("'min_new_tokens' is larger than 'max_new_tokens'")
         return self
@@ -137,6 +153,21 @@ class AliasBody(BaseModel):
     version: int = Field(ge=1, le=2**31 - 1)
 
 
+class ExportBody(BaseModel):
+    """What to make of a version."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"examples": [{"format": "merged", "dtype": "bf16"}]},
+    )
+    format: ExportFormat = Field(
+        description="`merged`: a tar of a model directory in safetensors; `gguf`: one file for "
+        "llama.cpp."
+    )
+    dtype: ExportDtype = Field("fp16", description="Of the weights; `q8_0` in GGUF only.")
+
+
 _WEBHOOK_EXAMPLE: dict[str, JsonValue] = {
     "url": "https://example.com/tunesmith",
     "events": ["job.succeeded", "job.failed"],
@@ -184,7 +215,10 @@ class RowRead(_Answer):
 
 
 class EngineAdapter(ResidentAdapter):
-    """An adapter in the engine's memory; `names` are the caller's versions with these weights."""
+    """An adapter in the engine's memory, or that has left it lately.
+
+    `names` are the caller's versions with these weights.
+    """
 
     names: list[str]
 
@@ -196,21 +230,32 @@ class EngineRead(_Answer):
     device: str
     base_models: list[str]
     precision: dict[str, str]
-    adapters: list[EngineAdapter]
+    adapters: list[EngineAdapter] = Field(description="In memory, or on disk since not long ago.")
+    warnings: list[str]
     resident: int = Field(description="Adapters in memory, those of other projects included.")
     resident_bytes: int
+    resident_limit_bytes: int
+    base_bytes: int
+    base_limit_bytes: int
+    row_bytes: int = Field(description="Keys and values of what is computed.")
+    row_limit_bytes: int
+    prefix_bytes: int
+    prefix_limit_bytes: int
     running: int
     waiting: int
     loads: int
     evictions: int
     load_failures: int
+    base_loads: int
+    base_evictions: int
     prompt_tokens: int
+    reused_prompt_tokens: int
     completion_tokens: int
 
     @classmethod
     def of(cls, status: EngineStatus, adapters: list[EngineAdapter]) -> Self:
         """Return the view of a caller who may see `adapters`."""
-        counters = status.model_dump(exclude={"adapters"})
+        counters = status.model_dump(exclude={"adapters", "evicted"})
         return cls(**counters, adapters=adapters, resident=len(status.adapters))
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from core.errors import InvalidInput
 
 _MAX_ERRORS = 50
+_CODES_OF_THEIR_OWN = frozenset({"unknown_field", "promotion_needs_evidence"})
 _PLACES = ("body", "query", "path", "header", "cookie")
 # What JSON writes where a text or number would be refused; only then is the body walked.
 _SUSPECT = re.compile(rb"\\u0000|\\u[dD][89a-fA-F]|NaN|Infinity|[eE]\+?\d{3}|\d{300}")
@@ -46,7 +47,7 @@ def describe_invalid_request(error: RequestValidationError, route: Any) -> Inval
     place = f"{first['field']}: " if first["field"] is not None else ""
     return InvalidInput(
         place + first["message"],
-        code="unknown_field" if first["code"] == "unknown_field" else "invalid_request",
+        code=first["code"] if first["code"] in _CODES_OF_THEIR_OWN else "invalid_request",
         field=first["field"],
         hint=first.get("hint"),
         errors=described,
@@ -100,6 +101,9 @@ def _broken_json(finding: Any, document: Any) -> InvalidInput:
 
 def _describe(finding: Any, model: type[BaseModel] | None) -> dict[str, Any]:
     path = _field_path(finding["loc"])
+    if finding["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        # The field at fault is the one that tells the members of the union apart.
+        path.append(finding["ctx"]["discriminator"].strip("'"))
     code, message = finding["type"], finding["msg"].removeprefix("Value error, ")
     entry: dict[str, Any] = {"field": ".".join(map(str, path)) or None}
     if code == "extra_forbidden":

@@ -6,7 +6,9 @@ and no engine.
 """
 
 from core.reads import AdapterRead, Page, VersionRead
-from core.registry.publishing import import_adapter, move_alias, publish, remove_alias
+from core.registry.pins import PinnedVersion, list_pinned, set_pin
+from core.registry.promotion import Promotion, decide
+from core.registry.publishing import import_adapter, move_alias, publish, release, remove_alias
 from core.registry.references import LATEST, ResolvedAdapter, resolve
 from core.registry.retirement import (
     delete_adapter,
@@ -20,8 +22,11 @@ __all__ = [
     "LATEST",
     "AdapterRead",
     "Page",
+    "PinnedVersion",
+    "Promotion",
     "ResolvedAdapter",
     "VersionRead",
+    "decide",
     "delete_adapter",
     "delete_version",
     "discard_artifact",
@@ -29,10 +34,13 @@ __all__ = [
     "get_version",
     "import_adapter",
     "list_adapters",
+    "list_pinned",
     "list_versions",
     "move_alias",
     "publish",
+    "release",
     "remove_alias",
     "resolve",
+    "set_pin",
     "unreferenced_digest",
 ]

@@ -15,6 +15,7 @@ from core.errors import Conflict, InvalidInput, NotFound, Unavailable
 from core.ids import new_id
 from core.principal import Principal
 from core.reads import AdapterRead, VersionRead
+from core.registry.promotion import Promotion
 from core.registry.references import LATEST, NAME_HINT, is_name
 from core.registry.views import get_adapter, get_version, version_row
 from core.storage import ArtifactStore, PublishedAdapter
@@ -33,8 +34,9 @@ def publish(
     job_id: str | None,
     provenance: dict[str, Any],
     store: ArtifactStore,
+    promotion: Promotion = Promotion(),
 ) -> AdapterVersion:
-    """Add the next version of an adapter and move `latest` to it.
+    """Add the next version of an adapter and, where it is promoted, move `latest` to it.
 
     Args:
         session: Opened with `write=True`.
@@ -47,6 +49,7 @@ def publish(
         job_id: The job that trained it; a job publishes once.
         provenance: How it came about; not part of the digest.
         store: Holds the artifact.
+        promotion: What becomes of it.
 
     Raises:
         Unavailable: Code `artifact_gone`; an equal artifact was deleted meanwhile: store it again.
@@ -68,17 +71,19 @@ def publish(
         job_id=job_id,
         manifest=manifest.model_dump(mode="json"),
         provenance=provenance,
+        quarantine=promotion.quarantine,
     )
     adapters.add(version)
     failpoints.reached("publish.alias", job_id=job_id)
-    adapters.point(adapter_id, LATEST, version.id)
+    if promotion.promoted:
+        adapters.point(adapter_id, LATEST, version.id)
     if not store.has_adapter(manifest.digest):
         raise Unavailable(
             "the adapter was deleted while it was published",
             code="artifact_gone",
             hint="Publish it again.",
         )
-    tell_of_adapter(session, name, version)
+    tell_of_adapter(session, name, version, promoted=promotion.promoted)
     return version
 
 
@@ -135,6 +140,7 @@ def move_alias(
     Raises:
         InvalidInput: Code `invalid_alias`.
         NotFound: Code `unknown_adapter` or `unknown_version`.
+        Conflict: Code `version_quarantined`.
     """
     if not is_name(alias):
         raise InvalidInput(
@@ -145,8 +151,35 @@ def move_alias(
         )
     adapters = AdapterRepository(session, principal.project_id)
     adapter = adapters.get(name, lock=True)
-    adapters.point(adapter.id, alias, version_row(adapters, name, version).id)
+    row = version_row(adapters, name, version)
+    if row.quarantine is not None:
+        raise Conflict(
+            f"version {version} of {name!r} is quarantined: {row.quarantine}",
+            code="version_quarantined",
+            field="version",
+            hint=f"POST /adapters/{name}/versions/{version}/release lifts that, if you are sure.",
+        )
+    adapters.point(adapter.id, alias, row.id)
     return get_adapter(session, principal, name)
+
+
+def release(session: Session, principal: Principal, name: str, version: int) -> VersionRead:
+    """Let aliases point at a quarantined version; one that is not quarantined stays as it is.
+
+    Args:
+        session: Opened with `write=True`.
+        principal: The owner.
+        name: The adapter.
+        version: The version.
+
+    Raises:
+        NotFound: Code `unknown_adapter` or `unknown_version`.
+    """
+    adapters = AdapterRepository(session, principal.project_id)
+    adapters.get(name, lock=True)
+    version_row(adapters, name, version).quarantine = None
+    session.flush()
+    return get_version(session, principal, name, version)
 
 
 def remove_alias(session: Session, principal: Principal, name: str, alias: str) -> None:

@@ -37,7 +37,8 @@ def resolve(session: Session, principal: Principal, reference: str) -> ResolvedA
 
     Raises:
         InvalidInput: Code `invalid_adapter_reference`.
-        NotFound: Code `unknown_adapter`.
+        NotFound: Code `unknown_adapter`, or `no_latest_version` for a bare name of an adapter whose
+            versions were all published without promotion.
     """
     match = _REFERENCE.fullmatch(reference)
     if match is None:
@@ -54,6 +55,13 @@ def resolve(session: Session, principal: Principal, reference: str) -> ResolvedA
         if number is not None
         else adapters.find_aliased(name, match["alias"] or LATEST)
     )
+    if version is None and reference == name and (newest := adapters.newest_of(name)):
+        raise NotFound(
+            f"no version of {name!r} has been promoted to {LATEST!r}",
+            code="no_latest_version",
+            field="adapter",
+            hint=f"Name a version, such as {name}@{newest}, or move the alias {LATEST!r} to one.",
+        )
     if version is None:
         raise NotFound(
             f"no adapter {reference!r}",

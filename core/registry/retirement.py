@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy.orm import Session
 
 from core.db.repositories.adapters import AdapterRepository, is_referenced
@@ -29,9 +31,11 @@ def delete_version(
 
     Raises:
         NotFound: Code `unknown_adapter` or `unknown_version`.
-        Conflict: Code `alias_points_here`.
+        Conflict: Code `alias_points_here`, or `continued_by_job` when an unfinished job goes on
+            from it.
     """
     adapters = AdapterRepository(session, principal.project_id)
+    _check_not_continued(session, adapters, [version_row(adapters, name, version).digest])
     adapter = adapters.get(name, lock=True)
     row = version_row(adapters, name, version)
     pointing = aliases_by_version(adapters, adapter.id).get(row.id, [])
@@ -66,9 +70,11 @@ def delete_adapter(
 
     Raises:
         NotFound: Code `unknown_adapter`.
-        Conflict: Code `alias_points_here`.
+        Conflict: Code `alias_points_here`, or `continued_by_job` when an unfinished job goes on
+            from one of its versions.
     """
     adapters = AdapterRepository(session, principal.project_id)
+    _check_not_continued(session, adapters, adapters.list_digests(adapters.get(name).id))
     adapter = adapters.get(name, lock=True)
     aliases = adapters.aliases([adapter.id]).get(adapter.id, {})
     if aliases and not force:
@@ -81,12 +87,12 @@ def delete_adapter(
 
 
 def unreferenced_digest(session: Session, digest: str) -> bool:
-    """Tell whether no version of any project has this digest."""
+    """Tell whether no version has this digest and no unfinished job goes on from it."""
     return not is_referenced(session, digest)
 
 
 def discard_artifact(database: Database, store: ArtifactStore, digest: str) -> bool:
-    """Delete an artifact's files unless a version of any project still has them.
+    """Delete an artifact's files unless a version or an unfinished job still needs them.
 
     Returns:
         Whether they were deleted.
@@ -98,3 +104,18 @@ def discard_artifact(database: Database, store: ArtifactStore, digest: str) -> b
         # Inside the transaction, so that no equal artifact is published between check and deletion.
         store.delete_adapter(digest)
         return True
+
+
+def _check_not_continued(
+    session: Session, adapters: AdapterRepository, digests: Sequence[str]
+) -> None:
+    # From here on no submission can make a job that goes on from one of them.
+    for digest in digests:
+        lock_content(session, digest)
+    job_id = adapters.find_continuing(digests)
+    if job_id is not None:
+        raise Conflict(
+            f"job {job_id} goes on from this adapter and has not ended",
+            code="continued_by_job",
+            hint="Cancel the job first, or wait for its end.",
+        )

@@ -35,7 +35,11 @@ def list_adapters(
     shown, more = rows[:limit], len(rows) > limit
     ids = [row.id for row in shown]
     aliases, counts = adapters.aliases(ids), adapters.count_versions(ids)
-    data = [_adapter_read(row, aliases.get(row.id, {}), counts.get(row.id, 0)) for row in shown]
+    pinned = adapters.pinned_aliases(ids)
+    data = [
+        _adapter_read(row, aliases.get(row.id, {}), pinned.get(row.id, []), counts.get(row.id, 0))
+        for row in shown
+    ]
     return Page(data=data, next_cursor=encode_cursor(shown[-1].id) if more else None)
 
 
@@ -48,7 +52,8 @@ def get_adapter(session: Session, principal: Principal, name: str) -> AdapterRea
     adapters = AdapterRepository(session, principal.project_id)
     row = adapters.get(name)
     targets = adapters.aliases([row.id]).get(row.id, {})
-    return _adapter_read(row, targets, adapters.count_versions([row.id]).get(row.id, 0))
+    pinned = adapters.pinned_aliases([row.id]).get(row.id, [])
+    return _adapter_read(row, targets, pinned, adapters.count_versions([row.id]).get(row.id, 0))
 
 
 def list_versions(
@@ -110,7 +115,7 @@ def aliases_by_version(adapters: AdapterRepository, adapter_id: str) -> dict[str
 
 
 def _adapter_read(
-    row: Adapter, targets: Mapping[str, AdapterVersion], versions: int
+    row: Adapter, targets: Mapping[str, AdapterVersion], pinned: list[str], versions: int
 ) -> AdapterRead:
     latest = targets.get(LATEST)
     return AdapterRead(
@@ -118,6 +123,7 @@ def _adapter_read(
         base_model=latest.base_model if latest else None,
         latest=latest.version if latest else None,
         aliases={alias: version.version for alias, version in targets.items()},
+        pinned=pinned,
         versions=versions,
         created_at=row.created_at,
     )
@@ -141,6 +147,7 @@ def _version_read(name: str, row: AdapterVersion, aliases: list[str]) -> Version
         origin=row.origin,
         job_id=row.job_id,
         aliases=aliases,
+        quarantine=row.quarantine,
         manifest=row.manifest,
         provenance=row.provenance,
         created_at=row.created_at,

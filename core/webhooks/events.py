@@ -56,7 +56,7 @@ def job_data(job: Job, version: AdapterVersion | None) -> dict[str, Any]:
     }
 
 
-def adapter_data(name: str, version: AdapterVersion) -> dict[str, Any]:
+def adapter_data(name: str, version: AdapterVersion, *, promoted: bool) -> dict[str, Any]:
     """Return what is told of a published version; the members are named as in its own answer."""
     return {
         "adapter": name,
@@ -65,6 +65,8 @@ def adapter_data(name: str, version: AdapterVersion) -> dict[str, Any]:
         "base_model": version.base_model,
         "origin": version.origin,
         "job_id": version.job_id,
+        "promoted": promoted,
+        "quarantine": version.quarantine,
     }
 
 

@@ -32,19 +32,22 @@ def tell_of_job(session: Session, job: Job) -> None:
     )
 
 
-def tell_of_adapter(session: Session, name: str, version: AdapterVersion) -> None:
+def tell_of_adapter(
+    session: Session, name: str, version: AdapterVersion, *, promoted: bool
+) -> None:
     """Write a message for every webhook that wants to know of published adapters.
 
     Args:
         session: In which the version was added.
         name: The adapter.
         version: What was published.
+        promoted: Whether it is the latest now.
     """
     _tell(
         OutboxRepository(session),
         version.project_id,
         events.ADAPTER_PUBLISHED,
-        lambda: events.adapter_data(name, version),
+        lambda: events.adapter_data(name, version, promoted=promoted),
     )
 
 

@@ -10,6 +10,7 @@ import typer
 
 from core.errors import InvalidInput
 from service.cli.client import DEFAULT_URL, Key, Limit, ServiceClient, Url, connect
+from service.cli.exports import export
 from service.cli.output import (
     Json,
     print_json,
@@ -22,6 +23,7 @@ from service.cli.output import (
 _ALL = 1_000_000_000
 
 app = typer.Typer(help="Look at, move and remove adapters.", no_args_is_help=True)
+app.command("export")(export)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="As `adapters list` shows it.")]
 Version = Annotated[int | None, typer.Option("--version", min=1, help="One version of it.")]
 
@@ -82,7 +84,7 @@ def show(
     if version is None:
         typer.echo()
         print_table(
-            ("version", "digest", "size", "origin", "job", "created"),
+            ("version", "digest", "size", "origin", "job", "created", "state"),
             [
                 (
                     row["version"],
@@ -91,6 +93,7 @@ def show(
                     row["origin"],
                     row["job_id"],
                     show_time(row["created_at"]),
+                    f"quarantined: {row['quarantine']}" if row["quarantine"] else "",
                 )
                 for row in versions
             ],
@@ -184,6 +187,23 @@ def move_alias(
         print_json(moved)
     else:
         typer.echo(f"{name}:{alias} → {name}@{version}")
+
+
+@app.command("release")
+def release(
+    name: Name,
+    version: Annotated[int, typer.Argument(metavar="VERSION", min=1)],
+    url: Url = DEFAULT_URL,
+    key: Key = "",
+    as_json: Json = False,
+) -> None:
+    """Let aliases point at a quarantined version."""
+    with connect(url, key) as service:
+        released = service.call("POST", f"/adapters/{name}/versions/{version}/release")
+    if as_json:
+        print_json(released)
+    else:
+        typer.echo(f"released {name}@{version}; `tunesmith adapters alias` moves an alias to it")
 
 
 @app.command("rm")

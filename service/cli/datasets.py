@@ -24,7 +24,10 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="As `datasets list` shows 
 @app.command("upload")
 def upload(
     file: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="JSONL file of rows.")
+        Path,
+        typer.Argument(
+            exists=True, dir_okay=False, readable=True, help="JSONL, JSON, CSV or Parquet."
+        ),
     ],
     url: Url = DEFAULT_URL,
     key: Key = "",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _TITLES = {
     "checkpoints": "checkpoints of ended jobs",
     "jobs": "ended jobs",
+    "exports": "exports past their time",
     "deliveries": "webhook deliveries",
     "idempotency_keys": "idempotency keys",
     "blobs": "data without a reference",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +13,6 @@ from service.cli.job_control import Id
 from service.cli.output import (
     Json,
     print_json,
-    print_members,
     print_table,
     show_bytes,
     show_time,
@@ -64,29 +64,50 @@ def metrics(job_id: Id, url: Url = DEFAULT_URL, key: Key = "", as_json: Json = F
     if as_json:
         print_json(rows)
         return
-    columns = ("attempt", "step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    names = (
+        "attempt",
+        "step",
+        "epoch",
+        "loss",
+        "eval_loss",
+        "accuracy",
+        "learning_rate",
+        "grad_norm",
+    )
     print_table(
-        (*columns, "tokens/s"),
+        (*names, "tokens/s"),
         [
-            (*(_number(row[name]) for name in columns), _number(row["tokens_per_second"], "{:.0f}"))
+            (*(_number(row[name]) for name in names), _number(row["tokens_per_second"], "{:.0f}"))
             for row in rows
         ],
         empty="No measurements yet.",
     )
 
 
-def report(job_id: Id, url: Url = DEFAULT_URL, key: Key = "", as_json: Json = False) -> None:
-    """Show the answers before and after training."""
+def report(
+    job_id: Id,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Save the page instead, to open in a browser.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = "",
+    as_json: Json = False,
+) -> None:
+    """Show answers and figures before and after training."""
     with connect(url, key) as service:
+        if html is not None:
+            with service.stream("GET", f"/jobs/{job_id}/report", params={"format": "html"}) as page:
+                html.write_bytes(page.read())
+            typer.echo(str(html))
+            return
         found = service.call("GET", f"/jobs/{job_id}/report")
-    if as_json:
+        job = None if as_json else service.call("GET", f"/jobs/{job_id}")
+    if job is None:
         print_json(found)
         return
-    for sample in found.get("samples") or []:
-        for name, value in sample.items():
-            typer.echo(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
-        typer.echo()
-    print_members({name: value for name, value in found.items() if name != "samples"})
+    from service.cli.report import print_report
+
+    print_report(job, found)
 
 
 def checkpoints(job_id: Id, url: Url = DEFAULT_URL, key: Key = "", as_json: Json = False) -> None:

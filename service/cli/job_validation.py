@@ -44,6 +44,9 @@ def print_validation(found: dict[str, Any]) -> None:
     """Print the report for people: findings first, then figures, the sample and the estimate."""
     report = found["report"]
     _print_findings(report)
+    if report.get("sources"):
+        _section("data sets")
+        _print_sources(report["sources"])
     _section("rows")
     _print_rows(report)
     for warning in report["warnings"]:
@@ -58,7 +61,10 @@ def print_validation(found: dict[str, Any]) -> None:
         _print_histogram(report["histogram"])
     if report["sample"]:
         _section(f"line {report['sample']['line']} as the model reads it; what is learnt is marked")
-        _print_marked(report["sample"])
+        _print_marked(report["sample"]["text"], report["sample"]["spans"])
+        if report["sample"].get("rejected_text") is not None:
+            _section("the same prompt with the answer that was rejected")
+            _print_marked(report["sample"]["rejected_text"], report["sample"]["rejected_spans"])
     _section("training")
     _print_estimate(report, found["estimate"] or {})
 
@@ -73,9 +79,15 @@ def _print_findings(report: dict[str, Any]) -> None:
         return
     typer.echo(f"invalid: {report['error_count']:,} errors")
     print_table(
-        ("line", "field", "code", "message"),
+        (*_data_set_title(report), "line", "field", "code", "message"),
         [
-            (error["line"], error["field"], error["code"], error["message"])
+            (
+                *([error["dataset"]] if _data_set_title(report) else []),
+                error["line"],
+                error["field"],
+                error["code"],
+                error["message"],
+            )
             for error in report["errors"]
         ],
         empty="",
@@ -83,6 +95,30 @@ def _print_findings(report: dict[str, Any]) -> None:
     listed = len(report["errors"])
     if listed < report["error_count"]:
         typer.echo(f"and {report['error_count'] - listed:,} more")
+
+
+def _data_set_title(report: dict[str, Any]) -> tuple[str, ...]:
+    """Return the heading of a column that only several data sets need."""
+    return ("data set",) if report.get("sources") else ()
+
+
+def _print_sources(sources: list[dict[str, Any]]) -> None:
+    print_table(
+        ("data set", "for", "weight", "format", "read", "kept", "per epoch"),
+        [
+            (
+                source["dataset"],
+                source["role"],
+                f"{source['weight']:g}",
+                source["format"],
+                source["rows_read"],
+                source["rows"],
+                source["rows_per_epoch"] if source["role"] == "training" else "",
+            )
+            for source in sources
+        ],
+        empty="",
+    )
 
 
 def _print_rows(report: dict[str, Any]) -> None:
@@ -108,8 +144,16 @@ def _print_rows(report: dict[str, Any]) -> None:
 def _pairs(count: int, rows: list[dict[str, Any]]) -> str | None:
     if not count:
         return None
-    shown = ", ".join(f"{row['line']} = {row['same_as_line']}" for row in rows)
+    shown = ", ".join(
+        f"{_place(row.get('dataset'), row['line'])} = "
+        f"{_place(row.get('same_as_dataset'), row['same_as_line'])}"
+        for row in rows
+    )
     return f"{count} (lines {shown}{', …' if count > len(rows) else ''})"
+
+
+def _place(dataset: str | None, line: int) -> str:
+    return f"{dataset}:{line}" if dataset else str(line)
 
 
 def _print_histogram(buckets: list[dict[str, Any]]) -> None:
@@ -132,17 +176,17 @@ def _print_histogram(buckets: list[dict[str, Any]]) -> None:
     Console(markup=False, highlight=False, width=width).print(table)
 
 
-def _print_marked(sample: dict[str, Any]) -> None:
+def _print_marked(marked: str, spans: list[list[int]]) -> None:
     """Print the text with its learnt parts in colour, or in brackets where there are no colours."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        typer.echo(_bracketed(sample["text"], sample["spans"]))
+        typer.echo(_bracketed(marked, spans))
         return
-    text = Text(sample["text"])
-    for start, end in sample["spans"]:
+    text = Text(marked)
+    for start, end in spans:
         text.stylize("bold green", start, end)
     console.print(text)
 

@@ -171,8 +171,8 @@ def _complete_spec(
     if dataset is not None and upload is not None:
         raise typer.BadParameter("give either --dataset or --upload")
     spec = read_spec(file)
-    if dataset is not None:
-        spec["dataset"] = dataset
+    if dataset is not None or upload is not None:
+        _replace_rows(spec, "dataset", dataset or "")
     for assignment in assignments or []:
         assign(spec, assignment)
     return spec
@@ -193,6 +193,8 @@ def read_spec(path: Path) -> dict[str, Any]:
 def assign(spec: dict[str, Any], assignment: str) -> None:
     """Set a field of a spec from text such as `training.epochs=2`; the value is JSON, else text.
 
+    A data set takes the place of all that the spec's rows came from before.
+
     Raises:
         InvalidInput: Code `invalid_assignment`.
     """
@@ -208,6 +210,9 @@ def assign(spec: dict[str, Any], assignment: str) -> None:
         value = json.loads(text)
     except ValueError:
         value = text
+    if path in ("dataset", "datasets", "rows"):
+        _replace_rows(spec, path, value)
+        return
     target = spec
     for name in names[:-1]:
         target = target.setdefault(name, {})
@@ -218,6 +223,13 @@ def assign(spec: dict[str, Any], assignment: str) -> None:
     target[names[-1]] = value
 
 
+def _replace_rows(spec: dict[str, Any], name: str, source: Any) -> None:
+    # A split is of the data set that it came with.
+    for replaced in ("split", "dataset", "datasets", "rows"):
+        spec.pop(replaced, None)
+    spec[name] = source
+
+
 def _finish(service: ServiceClient, job_id: str, *, live: bool, as_json: bool) -> None:
     job = follow_job(service, job_id, live=live)
     if as_json:
@@ -226,6 +238,8 @@ def _finish(service: ServiceClient, job_id: str, *, live: bool, as_json: bool) -
     if not as_json:
         version = job["version"]
         typer.echo(f"{version['name']}@{version['version']}  {version['digest'][:12]}")
+        if version["quarantine"]:
+            note(f"quarantined: {version['quarantine']}")
 
 
 def _print_job(job: dict[str, Any]) -> None:
@@ -241,6 +255,7 @@ def _print_job(job: dict[str, Any]) -> None:
             "priority": job["priority"] or None,
             "adapter": f"{version['name']}@{version['version']}" if version else job["adapter"],
             "digest": version and version["digest"],
+            "quarantined": version and version["quarantine"],
             "base model": job["base_model"],
             "data set": job["dataset"],
             "attempt": job["attempt"],

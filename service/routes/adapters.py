@@ -10,8 +10,8 @@ from starlette.responses import StreamingResponse
 from core import registry
 from core.reads import AdapterRead, Page, VersionRead
 from core.specs import AdapterName, ModelName
-from service import adapter_files
-from service.auth import Reader, Trainer
+from service import adapter_files, pins
+from service.auth import Admin, Reader, Trainer
 from service.deps import (
     CheckedBody,
     Cursor,
@@ -149,11 +149,26 @@ def download_version(
     return adapter_files.download(services, principal, name, version)
 
 
+@router.post(
+    "/{name}/versions/{version}/release",
+    summary="Release a quarantined version",
+    responses=problems(401, 403, 404, 422),
+)
+def release_version(
+    name: str, version: VersionNumber, session: WriteSession, principal: Trainer
+) -> VersionRead:
+    """Let aliases point at a version that `promote: if_better` found no better.
+
+    It moves no alias by itself. A version that is not quarantined stays as it is.
+    """
+    return registry.release(session, principal, name, version)
+
+
 @router.put(
     "/{name}/aliases/{alias}",
     summary="Move an alias",
     dependencies=[CheckedBody],
-    responses=problems(400, 401, 403, 404, 422),
+    responses=problems(400, 401, 403, 404, 409, 422),
 )
 def move_alias(
     name: str, alias: Alias, body: AliasBody, session: WriteSession, principal: Trainer
@@ -161,9 +176,37 @@ def move_alias(
     """Make an alias point at a version: promote, or roll back.
 
     `latest` is what a bare adapter name means. Running requests finish on the version they began
-    with.
+    with. A quarantined version is refused (`version_quarantined`) until it is released.
     """
     return registry.move_alias(session, principal, name, alias, body.version)
+
+
+@router.put(
+    "/{name}/aliases/{alias}/pin",
+    summary="Pin an alias",
+    responses=problems(401, 403, 404, 409, 422, 503),
+)
+async def pin_alias(
+    name: str, alias: Alias, services: ServicesDep, principal: Admin
+) -> AdapterRead:
+    """Load what an alias points at into the engine, and have it stay there.
+
+    When the alias moves, what it points at then is loaded within seconds, and so it is when the
+    engine was restarted. Pinned adapters may take half of the engine's bank.
+    """
+    return await pins.pin(services, principal, name, alias)
+
+
+@router.delete(
+    "/{name}/aliases/{alias}/pin",
+    summary="Unpin an alias",
+    responses=problems(401, 403, 404, 422),
+)
+async def unpin_alias(
+    name: str, alias: Alias, services: ServicesDep, principal: Admin
+) -> AdapterRead:
+    """Let the engine forget what an alias points at when nobody uses it."""
+    return await pins.unpin(services, principal, name, alias)
 
 
 @router.delete(

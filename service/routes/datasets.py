@@ -38,10 +38,11 @@ async def upload_dataset(
         str, Query(max_length=255, description="Name of the file if the body is the file itself.")
     ] = "",
 ) -> DatasetRead:
-    """Store a JSONL or JSON file of training rows, after checking every row.
+    """Store a file of training rows (JSONL, JSON, CSV or Parquet), after checking every row.
 
     Send it as multipart field `file`, or as the raw body with `?filename=`. A file with a bad row
-    is refused as a whole: `invalid_dataset` lists the lines, and nothing is kept.
+    is refused as a whole: `invalid_dataset` lists the lines, and nothing is kept. A file that lacks
+    a field of every format is stored as `unknown`, for jobs that name its columns.
     """
     dataset = await consume_upload(
         request,

@@ -10,7 +10,7 @@ from core import jobs
 from core.job_status import JobStatus
 from core.reads import CheckpointRead, EventRead, JobRead, MetricRead, Page
 from core.specs import JobSpec
-from service import job_feeds
+from service import job_feeds, report_page
 from service.auth import Reader, Trainer
 from service.deps import CheckedBody, Cursor, Limit, ReadSession, ServicesDep
 from service.openapi import problems
@@ -30,6 +30,53 @@ _SPEC_EXAMPLES: dict[str, Any] = {
             "metadata": {"team": "support"},
         }
     },
+}
+
+_REPORT_EXAMPLE: dict[str, Any] = {
+    "samples": [
+        {
+            "prompt": "Where is my parcel?",
+            "messages": [{"role": "user", "content": "Where is my parcel?"}],
+            "reference": "It left our depot this morning.",
+            "base": "I am not able to track parcels.",
+            "adapter": "It left our depot this morning.",
+        }
+    ],
+    "sampling": {
+        "max_new_tokens": 64,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "seed": 7,
+    },
+    "base_eval_loss": 2.31,
+    "eval_loss": 1.12,
+    "evaluation": {
+        "rows": 40,
+        "tokens": 1210,
+        "base": {"loss": 2.31, "perplexity": 10.07},
+        "adapter": {"loss": 1.12, "perplexity": 3.06},
+        "loss_change": {"mean": -1.19, "low": -1.31, "high": -1.07},
+        "confidence": 0.95,
+        "resamples": 2000,
+    },
+    "scores": {
+        "answers": 1,
+        "base": {"exact_match": 0.0, "rouge_l": 0.0},
+        "adapter": {"exact_match": 1.0, "rouge_l": 1.0},
+    },
+    "forgetting": {
+        "tokens": 1480,
+        "base": {"loss": 2.9, "perplexity": 18.17},
+        "adapter": {"loss": 2.94, "perplexity": 18.92},
+        "loss_change": 0.04,
+    },
+    "verdict": {"better": True, "compared_with": "base", "reasons": []},
+    "train_loss": 0.98,
+    "training_rows": 360,
+    "validation_rows": 40,
+    "trainable_parameters": 4_884_480,
+    "total_parameters": 139_399_488,
 }
 
 
@@ -175,10 +222,42 @@ def job_metrics(
     return job_feeds.metrics_page(services, principal, job_id, attempt, cursor, limit)
 
 
-@router.get("/{job_id}/report", summary="Read a job's report", responses=problems(401, 403, 404))
-def job_report(job_id: str, session: ReadSession, principal: Reader) -> dict[str, Any]:
-    """Return what validation found and, when the job has succeeded, answers before and after."""
-    return jobs.report(session, principal, job_id)
+@router.get(
+    "/{job_id}/report",
+    summary="Read a job's report",
+    response_model=dict[str, Any],
+    responses={
+        **problems(401, 403, 404, 422),
+        200: {
+            "description": "JSON, or a page by `Accept: text/html` or `?format=html`.",
+            "content": {
+                "application/json": {"example": _REPORT_EXAMPLE},
+                "text/html": {"example": "<!doctype html>…"},
+            },
+        },
+    },
+)
+def job_report(
+    job_id: str,
+    request: Request,
+    session: ReadSession,
+    principal: Reader,
+    format: Annotated[  # noqa: A002
+        Literal["json", "html"] | None, Query(description="Overrides the Accept header.")
+    ] = None,
+) -> Any:
+    """Return what base and adapter answer and score on the same rows, once the job has succeeded.
+
+    `verdict` is what `promote: if_better` goes by. Members that do not apply are `null` or absent:
+    `evaluation` without validation rows, `scores` without references; `preferences` is there for
+    dpo alone.
+    """
+    report = jobs.report(session, principal, job_id)
+    accept = request.headers.get("accept")
+    if format == "html" or (format is None and report_page.wants_page(accept)):
+        job = jobs.get(session, principal, job_id)
+        return report_page.report_page(job.model_dump(mode="json"), report)
+    return report
 
 
 @router.get(

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.preferences import make_pairs
 from tests.support.service import RunningService, chat_rows
 
 SPEC: dict[str, Any] = {
@@ -145,6 +146,36 @@ def test_a_downloaded_adapter_can_be_imported_under_another_name(
     original = tiny_service.client.post("/generate?adapter=parrot", json=QUESTION).json()
     copy = tiny_service.client.post("/generate?adapter=parrot-copy", json=QUESTION).json()
     assert copy["text"] == original["text"]
+
+
+def test_preference_pairs_go_on_from_a_published_adapter(
+    tiny_service: RunningService, finished_job: dict[str, Any]
+) -> None:
+    spec = {
+        "base_model": "tiny",
+        "adapter": "chooser",
+        "rows": make_pairs(12),
+        "method": {"type": "dpo", "beta": 0.2},
+        "continue_from": "parrot@1",
+        "lora": {"r": 8},
+        "training": {"max_steps": 12, "learning_rate": 0.01},
+        "data": {"validation_fraction": 0.25},
+        "evaluation": {"samples": 1, "max_new_tokens": 4},
+    }
+    job = tiny_service.finish(tiny_service.submit(spec)["id"])
+    assert job["status"] == "succeeded", job
+    report = tiny_service.client.get(f"/jobs/{job['id']}/report").json()
+    assert report["preferences"]["accuracy"]["mean"] == 1
+    assert report["preferences"]["margin"]["low"] > 0
+    metrics = tiny_service.client.get(f"/jobs/{job['id']}/metrics").json()["data"]
+    assert metrics[0]["margin"] == pytest.approx(0, abs=1e-3)
+    assert metrics[-1]["eval_margin"] == pytest.approx(report["preferences"]["margin"]["mean"])
+    answers = [
+        tiny_service.client.post("/generate", params={"adapter": name}, json=QUESTION)
+        for name in ("parrot", "chooser")
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json()["text"] != answers[1].json()["text"]
 
 
 def test_cancelling_a_running_job_ends_it_and_publishes_nothing(
