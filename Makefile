@@ -9,6 +9,8 @@ DATA_DIR ?= data
 TEST_PROCESSES ?= 2
 # `make chaos CHAOS_OPTIONS="--seed 7 --faults 50"` replays, or does less.
 CHAOS_OPTIONS ?=
+# `make soak SOAK_OPTIONS="--seed 7 --requests 20000"`
+SOAK_OPTIONS ?=
 CHAOS_REPORT  ?= var/chaos.md
 
 INSTALLED := $(VENV)/.installed
@@ -17,7 +19,7 @@ SAMPLE_MODEL := var/models/sample
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check chaos serve bench clean distclean
+.PHONY: help setup demo test check chaos soak serve bench clean distclean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +41,9 @@ check: $(INSTALLED) ## Lint, types, architecture and unit tests
 
 chaos: $(INSTALLED) ## Do hundreds of faults to a cluster under load, and judge (~25 min)
 	$(BIN)/python -m tests.chaos --report $(CHAOS_REPORT) $(CHAOS_OPTIONS)
+
+soak: $(INSTALLED) ## Ask an engine 100,000 times at random, and check every answer (~15 min)
+	$(BIN)/python -m tests.soak $(SOAK_OPTIONS)
 
 serve: $(SAMPLE_MODEL)/config.json ## Run the service with the sample model on port 8000
 	@$(BIN)/tunesmith models add smollm2-135m-instruct $(SAMPLE_MODEL) --data-dir $(DATA_DIR)

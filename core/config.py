@@ -67,6 +67,11 @@ class Settings(BaseSettings):
     max_upload_bytes: int = 256 * 1024**2
     max_request_bytes: int = 16 * 1024**2
     max_dataset_rows: int = 1_000_000
+    hub_datasets: str = Field(
+        "",
+        description="Comma-separated patterns such as `owner/*` of the data sets that jobs may"
+        " fetch from the Hugging Face Hub; none by default.",
+    )
     max_adapter_bytes: int = 2 * 1024**3
 
     lease_seconds: float = Field(30.0, gt=0)
@@ -111,6 +116,20 @@ class Settings(BaseSettings):
     keep_idempotency_seconds: float = Field(
         2_592_000.0, ge=0, description="How long an Idempotency-Key means the job it created."
     )
+    keep_exports_seconds: float = Field(
+        604_800.0, ge=0, description="Exports are removed this long after they ended."
+    )
+    gguf_converter: str = Field(
+        "",
+        description="Path of llama.cpp's `convert_hf_to_gguf.py`, or of a program that runs it, for"
+        " API and light workers; without it there are no GGUF exports.",
+    )
+    tracking_mlflow_uri: str = Field(
+        "", description="Where jobs with `report_to: mlflow` are tracked."
+    )
+    tracking_tensorboard_dir: str = Field(
+        "", description="Directory for the event files of jobs with `report_to: tensorboard`."
+    )
     trainer_max_rss_bytes: int = Field(
         0, description="Recycle the trainer above this size between jobs; 0 is half of the memory."
     )
@@ -125,7 +144,24 @@ class Settings(BaseSettings):
         "auto",
         description="How base weights are kept; auto is fp16 on x86 CPUs, bf16 on CUDA.",
     )
-    engine_max_adapters: int = Field(16, ge=1)
+    engine_max_adapters: int = Field(16, ge=1, description="Adapters in the engine's memory.")
+    engine_adapter_bytes: int = Field(
+        0, ge=0, description="What they may take together; 0 is an eighth of the memory."
+    )
+    engine_base_bytes: int = Field(
+        0, ge=0, description="What base models in memory may take; 0 is three fifths of it."
+    )
+    engine_kv_bytes: int = Field(
+        0,
+        ge=0,
+        description="What requests may take while they are computed; 0 is a fifth of the memory.",
+    )
+    engine_prefix_bytes: int = Field(
+        0,
+        ge=0,
+        description="What is kept of prompts for others that begin alike; 0 is a thirty-second "
+        "of the memory, 1 keeps nothing.",
+    )
     engine_max_waiting: int = Field(64, ge=1)
     generate_timeout_seconds: float = Field(600.0, gt=0)
 

@@ -128,7 +128,11 @@ def prepare_import(
     """
     _check_claimed_base(directory, base_digest)
     _check_tokenizer(directory, description["tokenizer_sha256"])
-    _check_template(directory, description["template_sha256"])
+    # Models that were described earlier say nothing of a template for those without one.
+    fallback = description.get("fallback_template")
+    _check_template(
+        directory, sha256_text(fallback) if fallback else description["template_sha256"]
+    )
 
     template = read_template(base_path)
     changed = sha256_file(base_path / TOKENIZER_FILE) != description["tokenizer_sha256"]
@@ -144,6 +148,7 @@ def prepare_import(
         if (base_path / name).is_file():
             shutil.copyfile(base_path / name, directory / name)
     (directory / TEMPLATE_FILE).unlink(missing_ok=True)
+    template = template or fallback
     if template:
         (directory / TEMPLATE_FILE).write_bytes(template.encode("utf-8"))
     return build_manifest(

@@ -62,6 +62,7 @@ class VersionName(_Read):
     name: str
     version: int
     digest: str
+    quarantine: str | None = Field(None, description="Why no alias may point at it.")
 
 
 class JobRead(_Read):
@@ -105,9 +106,19 @@ class MetricRead(_Read):
     epoch: float | None
     loss: float | None
     eval_loss: float | None
+    accuracy: float | None = Field(
+        description="Share of the trained tokens that it chose right; of preference pairs, of those"
+        " whose chosen answer it prefers more than the reference does."
+    )
+    eval_accuracy: float | None
+    margin: float | None = Field(description="By how much it does, in units of DPO's reward.")
+    eval_margin: float | None
     learning_rate: float | None
     grad_norm: float | None
     tokens_per_second: float | None
+    memory_bytes: int | None = Field(
+        description="Peak of the tensors on a GPU; on a CPU what the trainer holds."
+    )
     created_at: datetime
 
 
@@ -125,21 +136,19 @@ class CheckpointRead(_Read):
 class Estimate(_Read):
     """What a training would take, as far as it can be told beforehand."""
 
-    device: str | None = Field(
-        None, description="Of the spec, else of a live train worker, else of the last jobs."
-    )
+    device: str | None = Field(None, description="Of the spec, else of a live train worker.")
     seconds: float | None = Field(
         None, description="From the start of training to the published adapter, without waiting."
     )
     seconds_reason: str | None = Field(None, description="Why there is no such estimate.")
     tokens_per_second: float | None = Field(
-        None, description="Measured while the project's last jobs trained on this base model."
+        None, description="By the speed of the last jobs on this kind of device."
     )
     measured_jobs: int = Field(0, description="Jobs that the speed comes from, at most 5.")
     peak_memory_bytes: int | None = Field(
         None,
-        description="Weights, trained parameters with their optimizer, and the activations of a "
-        "batch of the longest rows; a rough figure. With less, the trainer halves the batch.",
+        description="Libraries, weights, trained parameters with their optimizer, and the "
+        "activations of a batch of the longest rows. With less, the trainer halves the batch.",
     )
     memory_reason: str | None = Field(None, description="Why there is no such estimate.")
 
@@ -221,7 +230,8 @@ class AdapterRead(_Read):
 
     Attributes:
         aliases: Alias → version number.
-        latest: The version that a bare name means; `None` when `latest` was removed.
+        pinned: The aliases whose versions engines keep in memory.
+        latest: The version that a bare name means; `None` when none was promoted.
         versions: How many versions exist.
     """
 
@@ -229,6 +239,7 @@ class AdapterRead(_Read):
     base_model: str | None
     latest: int | None
     aliases: dict[str, int]
+    pinned: list[str]
     versions: int
     created_at: datetime
 
@@ -245,9 +256,27 @@ class VersionRead(_Read):
     origin: str
     job_id: str | None
     aliases: list[str]
+    quarantine: str | None = Field(description="Why no alias may point at it.")
     manifest: dict[str, Any]
     provenance: dict[str, Any]
     created_at: datetime
+
+
+class ExportRead(_Read):
+    """A whole model made of an adapter version; its file can be downloaded once it succeeded."""
+
+    id: str
+    adapter: str
+    version: int
+    format: Literal["merged", "gguf"]
+    dtype: Literal["fp32", "fp16", "bf16", "q8_0"]
+    status: Literal["queued", "running", "succeeded", "failed"]
+    attempt: int
+    bytes: int | None
+    sha256: str | None
+    error: dict[str, Any] | None
+    created_at: datetime
+    finished_at: datetime | None
 
 
 class BaseModelRead(_Read):

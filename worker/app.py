@@ -28,6 +28,7 @@ from migrations.waiting import wait_for_schema
 from worker import tasks
 from worker.child import ChildProcess
 from worker.duties import Duties, Duty
+from worker.exports import Exporter
 from worker.runner import Runner, Stage
 from worker.training import TRAINER_ARGV, TrainStage
 from worker.validation import VALIDATOR_ARGV, ValidateStage
@@ -36,6 +37,8 @@ from worker.validation import VALIDATOR_ARGV, ValidateStage
 _JOIN_MARGIN_SECONDS = 4.0
 # How soon a message is on its way after what it tells of.
 _WEBHOOK_SECONDS = 1.0
+# How soon an export is begun after it was asked for.
+_EXPORT_SECONDS = 2.0
 
 log = get_logger(__name__)
 
@@ -75,7 +78,7 @@ def run(queue: QueueName, settings: Settings, child_argv: Sequence[str] | None =
     if queue == "train":
         stage, argv = TrainStage(settings, store), child_argv or TRAINER_ARGV
     else:
-        stage, argv = ValidateStage(store, jobs_queue), child_argv or VALIDATOR_ARGV
+        stage, argv = ValidateStage(settings, store, jobs_queue), child_argv or VALIDATOR_ARGV
     runner = Runner(queue, stage, settings, database, _child(queue, settings, argv))
 
     stopping = threading.Event()
@@ -140,6 +143,11 @@ def _light_duties(
             "webhooks",
             _WEBHOOK_SECONDS,
             lambda: webhooks.deliver_due(database, settings, stopping),
+        ),
+        Duty(
+            "exports",
+            _EXPORT_SECONDS,
+            Exporter(settings, database, store, worker_id, stopping).work,
         ),
         Duty(
             "housekeeping",

@@ -12,17 +12,15 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
-
 from core import base_models
 from core.capabilities import Capabilities
 from core.config import Settings
 from core.db.session import Database
 from core.logging import get_logger
+from core.memory_limits import usable_memory_bytes
 from core.queue import QueueName
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
 _SMI_TIMEOUT_SECONDS = 10.0
 _MIB = 1024**2
 
@@ -81,7 +79,7 @@ def find_device(configured: str) -> str:
 def find_memory_bytes(configured: str) -> int:
     """Return the memory of a device, within what the process may have of it; 0 when unknown."""
     if find_device(configured) != "cuda":
-        return min(psutil.virtual_memory().total, *_cgroup_limits())
+        return usable_memory_bytes()
     sizes = _cuda_memory_mib()
     index = int(configured.partition(":")[2] or 0)
     return sizes[index] * _MIB if index < len(sizes) else 0
@@ -97,25 +95,3 @@ def _cuda_memory_mib() -> list[int]:
         return [int(line) for line in answer.stdout.split()]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
-
-
-def _cgroup_limits() -> list[int]:
-    """Return the memory limits of the control groups that this process is in; one at least."""
-    found = [2**63]
-    for path in _limit_files():
-        try:
-            found.append(int(path.read_text()))
-        except (OSError, ValueError):
-            continue  # `max` is no limit
-    return found
-
-
-def _limit_files() -> list[Path]:
-    files = [_CGROUP_ROOT / "memory/memory.limit_in_bytes", _CGROUP_ROOT / "memory.max"]
-    try:
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
-    except OSError:
-        return files
-    # A limit of any group above holds, too.
-    folders = [Path(group), *Path(group).parents]
-    return files + [_CGROUP_ROOT / folder / "memory.max" for folder in folders]

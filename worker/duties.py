@@ -59,7 +59,9 @@ class Duties:
         """Wait for what is being done, as long as `timeout_seconds` for all together."""
         deadline = time.monotonic() + timeout_seconds
         for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            # A signal may have ended the start of one.
+            if thread.is_alive():
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _repeat(self, duty: Duty) -> None:
         while not self._stopping.is_set():

@@ -25,7 +25,7 @@ from core.errors import LeaseLost, TrainingFailed, TunesmithError, from_wire
 from core.ids import new_id
 from core.logging import bind, get_logger
 from core.queue import QueueName
-from core.specs import LAST_RUNG
+from core.training.memory_ladder import next_rung
 from worker.capabilities import Machine
 from worker.checkpoints import CheckpointUploader
 from worker.child import ChildProcess, Crashed, Failed, Finished, Outcome, Stopped
@@ -235,7 +235,7 @@ class Runner:
             case Failed(error) if not self._retries_smaller(lease.claim, error):
                 conclude(jobs.fail, error=from_wire(error).as_dict())
             case Failed(error):
-                self._lose(conclude, str(error["message"]), lease.claim.memory_rung + 1)
+                self._lose(conclude, str(error["message"]), self._next_rung(lease.claim))
             case Stopped() if reason == "time_limit":
                 conclude(jobs.fail, error=self._time_is_up(lease.claim).as_dict())
             case Stopped(forced=False):
@@ -244,7 +244,7 @@ class Runner:
             case Crashed() | Stopped() if reason in {"shutdown", "pause"}:
                 conclude(jobs.release)
             case Crashed(why, out_of_memory=True):
-                self._lose(conclude, why, min(lease.claim.memory_rung + 1, LAST_RUNG))
+                self._lose(conclude, why, self._next_rung(lease.claim) or lease.claim.memory_rung)
             case Crashed(why):
                 self._lose(conclude, why)
             case Stopped():
@@ -287,7 +287,10 @@ class Runner:
         return True
 
     def _retries_smaller(self, claim: jobs.Claim, error: dict[str, Any]) -> bool:
-        return error.get("code") == "out_of_memory" and claim.memory_rung < LAST_RUNG
+        return error.get("code") == "out_of_memory" and self._next_rung(claim) is not None
+
+    def _next_rung(self, claim: jobs.Claim) -> int | None:
+        return next_rung(claim.spec.training, claim.memory_rung)
 
     def _lose(self, conclude: Conclude, why: str, next_rung: int | None = None) -> None:
         conclude(

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from core import jobs
 from core.config import Settings
-from core.errors import Unavailable
+from core.errors import NotFound, Unavailable
 from core.storage import ArtifactStore
 from worker.checkpoints import CheckpointUploader, restore_newest
 from worker.lease import Conclude, Lease
+from worker.sources import locate_sources
 
 TRAINER_ARGV = (sys.executable, "-m", "core.training.process")
 
@@ -36,7 +37,7 @@ class TrainStage:
         """Return the trainer's task, with the newest checkpoint that is whole.
 
         Raises:
-            NotFound: The rows are gone.
+            NotFound: The rows are gone, or the adapter to go on from.
             LeaseLost: Another attempt owns the job.
         """
         claim = lease.claim
@@ -55,14 +56,29 @@ class TrainStage:
             "attempt": claim.attempt,
             "spec": claim.spec.model_dump(mode="json"),
             "base": claim.base.model_dump(mode="json"),
-            "data_path": str(self._store.blob_path(claim.dataset_sha256)),
-            "data_format": claim.dataset_format,
+            "sources": locate_sources(claim, self._store),
             "work_dir": str(work_dir),
+            "continue_dir": self._continue_dir(claim.continue_digest),
             "resume_dir": str(resume_dir) if checkpoint else None,
             "memory_rung": claim.memory_rung,
             "device": self._settings.device,
             "threads": self._settings.trainer_threads or os.cpu_count() or 1,
+            "mlflow_uri": self._settings.tracking_mlflow_uri,
+            "tensorboard_dir": self._settings.tracking_tensorboard_dir,
         }
+
+    def _continue_dir(self, digest: str | None) -> str | None:
+        if digest is None:
+            return None
+        try:
+            return str(self._store.adapter_path(digest))
+        except NotFound as error:
+            raise NotFound(
+                "the adapter to go on from is gone",
+                code="continue_missing",
+                field="continue_from",
+                hint="Submit the job again with an adapter that is there.",
+            ) from error
 
     def receive(self, lease: Lease, stopping: threading.Event) -> CheckpointUploader:
         """Return who stores the checkpoints of an attempt."""

@@ -6,11 +6,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 Kind = Literal[
-    "checkpoints", "jobs", "deliveries", "idempotency_keys", "blobs", "adapters", "temporary"
+    "checkpoints",
+    "jobs",
+    "exports",
+    "deliveries",
+    "idempotency_keys",
+    "blobs",
+    "adapters",
+    "temporary",
 ]
 KINDS: Final[tuple[Kind, ...]] = (
     "checkpoints",
     "jobs",
+    "exports",
     "deliveries",
     "idempotency_keys",
     "blobs",

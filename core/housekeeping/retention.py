@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from core import datasets
 from core.config import Settings
 from core.db.models import utc_now
+from core.db.repositories.exports import count_ended, remove_ended
 from core.db.repositories.housekeeping import HousekeepingRepository
 from core.db.session import Database
 from core.housekeeping.report import Report
@@ -26,6 +27,7 @@ def count_expired(database: Database, settings: Settings, report: Report) -> Non
         removed["checkpoints"].add(*rows.count_checkpoints(_ago(settings.keep_checkpoints_seconds)))
         if settings.keep_jobs_seconds:
             removed["jobs"].add(rows.count_jobs(_ago(settings.keep_jobs_seconds)))
+        removed["exports"].add(*count_ended(session, _ago(settings.keep_exports_seconds)))
         removed["deliveries"].add(rows.count_deliveries(settings.keep_deliveries_seconds))
         removed["idempotency_keys"].add(
             rows.count_idempotency_keys(_ago(settings.keep_idempotency_seconds))
@@ -39,7 +41,7 @@ def remove_expired(
     report: Report,
     pause: Callable[[], None],
 ) -> None:
-    """Remove checkpoints, jobs, deliveries and keys that are past the time they are kept.
+    """Remove checkpoints, jobs, exports, deliveries and keys that are past the time they are kept.
 
     Dry runs go as well; nobody has them counted.
 
@@ -53,6 +55,7 @@ def remove_expired(
     _remove_checkpoints(database, store, settings, report, pause)
     if settings.keep_jobs_seconds:
         _remove_jobs(database, store, settings, report, pause)
+    _remove_exports(database, store, settings, report, pause)
     keys_before = _ago(settings.keep_idempotency_seconds)
     dry_runs_before = _ago(_DRY_RUN_SECONDS)
     _in_batches(
@@ -97,6 +100,27 @@ def _remove_checkpoints(
             _discard(database, store, row.sha256)
             report.removed["checkpoints"].add(1, row.bytes)
         last = ids[-1]
+        pause()
+
+
+def _remove_exports(
+    database: Database,
+    store: ArtifactStore,
+    settings: Settings,
+    report: Report,
+    pause: Callable[[], None],
+) -> None:
+    ended_before = _ago(settings.keep_exports_seconds)
+    while True:
+        with database.session(write=True) as session:
+            removed = remove_ended(session, ended_before, _JOBS)
+            files = [(export.sha256, export.bytes or 0) for export in removed]
+        for sha256, size in files:
+            if sha256 is not None:
+                _discard(database, store, sha256)
+            report.removed["exports"].add(1, size)
+        if len(files) < _JOBS:
+            return
         pause()
 
 

@@ -28,6 +28,7 @@ from core.jobs.leases import (
     succeed,
     validated,
 )
+from core.jobs.sources import FetchedRows, SourceRef, check_hub_reference
 from core.jobs.submission import accept, submit
 from core.jobs.sweep import (
     attempt_lost,
@@ -46,10 +47,12 @@ __all__ = [
     "CheckpointRef",
     "Claim",
     "EventUpdate",
+    "FetchedRows",
     "JobRead",
     "MetricUpdate",
     "Page",
     "ProgressUpdate",
+    "SourceRef",
     "Stage",
     "Update",
     "accept",
@@ -58,6 +61,7 @@ __all__ = [
     "begin_training",
     "cancel",
     "cancelled",
+    "check_hub_reference",
     "checkpoints",
     "claim",
     "delete",

@@ -13,12 +13,13 @@ from core.config import Settings
 from core.db.models import Job
 from core.db.repositories import usage
 from core.db.repositories.base_models import BaseModelRepository
-from core.db.repositories.datasets import DatasetRepository
 from core.db.repositories.dialect import is_key
 from core.db.repositories.job_control import JobControl
 from core.db.repositories.jobs import JobRepository
 from core.errors import Conflict
 from core.job_status import TERMINAL
+from core.jobs import continuation
+from core.jobs.sources import find_missing
 from core.jobs.views import get
 from core.principal import Principal
 from core.reads import JobRead
@@ -130,15 +131,17 @@ def retry(session: Session, principal: Principal, job_id: str, *, settings: Sett
     Raises:
         NotFound: Code `unknown_job`.
         Conflict: `job_finished` when it has succeeded, `job_not_finished`, or `input_missing`
-            when its data set or base model is gone.
+            when its data set, its base model or the adapter it goes on from is gone.
         QuotaExceeded: Too many jobs wait.
     """
     job = JobRepository(session, principal).get(job_id)
     _check_ended(job)
-    if DatasetRepository(session, principal).find(job.dataset_id, keep=True) is None:
-        raise _input_missing(f"data set {job.dataset_id}")
+    if (missing := find_missing(session, principal, job)) is not None:
+        raise _input_missing(f"data set {missing}")
     if BaseModelRepository(session).find(job.base_model, keep=True) is None:
         raise _input_missing(f"base model {job.base_model!r}")
+    if job.continue_digest and not continuation.is_there(session, principal, job.continue_digest):
+        raise _input_missing("adapter to go on from")
     quotas.check_queue(session, principal, settings)
     ended_as = job.status
     retried = JobControl(session, principal).retry(job_id, ended_as)

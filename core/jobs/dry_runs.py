@@ -7,8 +7,6 @@ total, quota or webhook knows of it, and it is removed after a day.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from statistics import fmean
 from typing import Any, Literal, cast
 
 from sqlalchemy.orm import Session
@@ -18,16 +16,19 @@ from core.data.report import DryRunReport
 from core.db.models import Job
 from core.db.repositories.base_models import BaseModelRepository
 from core.db.repositories.claims import ClaimRepository
-from core.db.repositories.dry_runs import DryRunRepository, list_trained
-from core.db.repositories.workers import WorkerRepository
+from core.db.repositories.dry_runs import DryRunRepository
 from core.db.session import Database
 from core.errors import QuotaExceeded
 from core.ids import new_id
 from core.jobs import requirements
+from core.jobs.continuation import find_first_weights
+from core.jobs.estimates import estimate_training
 from core.jobs.leases import Claim, storable, validated
-from core.jobs.submission import find_base_model, find_dataset
+from core.jobs.sources import find_sources, keep_sources
+from core.jobs.submission import find_base_model
+from core.jobs.trackers import check_trackers
 from core.principal import Principal
-from core.reads import DryRunRead, Estimate
+from core.reads import DryRunRead
 from core.specs import JobSpec
 
 # Somebody waits for the answer: before any job, whose priority is 100 at most.
@@ -65,13 +66,15 @@ def start_dry_run(
                 retry_after_seconds=_RETRY_AFTER_SECONDS,
                 hint="Retry when some have ended.",
             )
+        check_trackers(spec, settings)
         base = find_base_model(session, spec.base_model)
         needed = requirements.estimate(spec, base.description)
-        dataset_id = find_dataset(session, principal, spec.dataset).id if spec.dataset else ""
+        find_first_weights(session, principal, spec, base)
+        sources = find_sources(session, principal, spec, settings)
         job = Job(
             id=new_id("validation"),
             project_id=principal.project_id,
-            dataset_id=dataset_id,
+            dataset_id=sources[0].dataset_id or "",
             base_model=spec.base_model,
             adapter_name=spec.adapter or "",
             spec=spec.model_dump(mode="json"),
@@ -83,6 +86,7 @@ def start_dry_run(
             required_cuda_memory_bytes=needed.cuda_memory_bytes,
         )
         dry_runs.add(job)
+        keep_sources(session, job, sources)
         return _to_read(job)
 
 
@@ -96,22 +100,27 @@ def get_dry_run(session: Session, principal: Principal, dry_run_id: str) -> DryR
 
 
 def validation_done(
-    database: Database, claim: Claim, worker_id: str, report: dict[str, Any]
+    database: Database, claim: Claim, worker_id: str, report: dict[str, Any], **fetched: Any
 ) -> None:
     """Pass a job on to training, or end a dry run, to whose report the estimate is added.
+
+    Args:
+        database: Where.
+        claim: The attempt.
+        worker_id: Who holds it.
+        report: Of the dry run.
+        fetched: What `validated` takes of rows that were fetched; a dry run does not keep them.
 
     Raises:
         LeaseLost: The worker holds that attempt no longer.
     """
     if not claim.dry_run:
-        validated(database, claim, worker_id, report)
+        validated(database, claim, worker_id, report, **fetched)
         return
     examined = DryRunReport.model_validate(report)
     with database.session() as session:
         base = BaseModelRepository(session).find(claim.spec.base_model)
-        estimate = estimate_training(
-            session, claim.project_id, claim.spec, examined, base.description if base else {}
-        )
+        estimate = estimate_training(session, claim.spec, examined, base)
     with database.session(write=True) as session:
         ClaimRepository(session, worker_id).end(
             claim.job_id,
@@ -130,66 +139,6 @@ def without_rows(spec: JobSpec) -> dict[str, Any]:
     if spec.rows is not None:
         spec = spec.model_copy(update={"rows": None, "dataset": "inline"})
     return spec.model_dump(mode="json")
-
-
-def estimate_training(
-    session: Session,
-    project_id: str,
-    spec: JobSpec,
-    report: DryRunReport,
-    description: Mapping[str, Any],
-) -> Estimate:
-    """Return how long training may take and what memory it may need.
-
-    The seconds are those of the project's last jobs on the base model and device: the tokens by
-    the mean speed of training, and on top the mean time that they needed for all else. The memory
-    is that of one forward and backward pass over a batch of the longest rows, from the same
-    estimate that decides which worker may take the job.
-
-    Args:
-        session: Where.
-        project_id: Whose jobs are looked at.
-        spec: What would be trained.
-        report: Of the dry run.
-        description: What inspection found of the base model.
-    """
-    trained = list_trained(session, project_id, spec.base_model)
-    device: str | None = spec.resources.device
-    if device == "any":
-        known = [worker.device for worker, _ in WorkerRepository(session).list() if worker.device]
-        known += [job.device for job in trained]
-        device = known[0] if known else None
-    if report.tokens is None:
-        reason = "no row is without error"
-        return Estimate(device=device, seconds_reason=reason, memory_reason=reason)
-    if device is None:
-        reason = "no train worker has told which device it has"
-        return Estimate(seconds_reason=reason, memory_reason=reason)
-    memory_bytes = requirements.memory_bytes(
-        spec,
-        description,
-        on_cuda=device == "cuda",
-        tokens=spec.training.batch_size * report.tokens.max,
-    )
-    measured = [job for job in trained if job.device == device]
-    if not measured:
-        return Estimate(
-            device=device,
-            seconds_reason=f"no job of the project on {spec.base_model!r} has succeeded on "
-            f"{device!r} lately",
-            peak_memory_bytes=memory_bytes,
-        )
-    speed = fmean(job.tokens_per_second for job in measured)
-    beside = fmean(
-        max(0.0, job.used_seconds - job.tokens / job.tokens_per_second) for job in measured
-    )
-    return Estimate(
-        device=device,
-        seconds=round(report.total_tokens / speed + beside, 1),
-        tokens_per_second=round(speed, 1),
-        measured_jobs=len(measured),
-        peak_memory_bytes=memory_bytes,
-    )
 
 
 def _to_read(job: Job) -> DryRunRead:

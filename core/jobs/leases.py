@@ -19,17 +19,19 @@ from core import failpoints, registry
 from core.artifacts import Manifest
 from core.base_models import to_ref
 from core.capabilities import ANY, Capabilities
+from core.config import Settings
 from core.db.models import Job, utc_now
 from core.db.repositories.base_models import BaseModelRepository
 from core.db.repositories.claims import ClaimRepository
-from core.db.repositories.datasets import find_by_id
 from core.db.repositories.history import Event, HistoryRepository
 from core.db.repositories.queue import Stage
 from core.db.session import Database
 from core.errors import TunesmithError
 from core.inference.engine import BaseModelRef
 from core.jobs.checkpoints import CheckpointRef, usable_checkpoints
+from core.jobs.sources import FetchedRows, SourceRef, open_sources, register_fetched
 from core.jobs.updates import EventUpdate, MetricUpdate, ProgressUpdate, Update
+from core.principal import Principal
 from core.specs import JobSpec
 from core.storage import ArtifactStore
 
@@ -44,7 +46,8 @@ class Claim:
 
     Attributes:
         stage: `validate` is the dry run, `train` the training.
-        dataset_sha256: Empty in a dry run whose spec has the rows inline; so is the format.
+        sources: The data sets.
+        continue_digest: Of the adapter whose weights training begins with.
         dry_run: The job ends with its validation; see `core.jobs.dry_runs`.
         stop_requested: What the owner has asked for already: `cancel` or `pause`.
         memory_rung: Where on the memory ladder this attempt begins.
@@ -58,9 +61,9 @@ class Claim:
     stage: Stage
     spec: JobSpec
     base: BaseModelRef
-    dataset_sha256: str
-    dataset_format: str
+    sources: tuple[SourceRef, ...]
     adapter_name: str
+    continue_digest: str | None = None
     dry_run: bool = False
     stop_requested: str | None = None
     memory_rung: int = 0
@@ -177,20 +180,51 @@ def record(
         return job.stop_requested
 
 
-def validated(database: Database, claim: Claim, worker_id: str, report: dict[str, Any]) -> None:
+def validated(
+    database: Database,
+    claim: Claim,
+    worker_id: str,
+    report: dict[str, Any],
+    *,
+    fetched: Sequence[FetchedRows] = (),
+    settings: Settings | None = None,
+    store: ArtifactStore | None = None,
+) -> None:
     """Pass a job whose dry run found no fault on to training; it waits as `queued`.
+
+    Args:
+        database: Where.
+        claim: The attempt that validated it.
+        worker_id: Who holds the attempt.
+        report: Of the dry run.
+        fetched: Rows that become data sets of the project, for which the others are needed.
+        settings: The quotas.
+        store: Holds the rows.
 
     Raises:
         LeaseLost: The worker holds that attempt no longer.
+        QuotaExceeded: The project would store too much.
     """
     with database.session(write=True) as session:
-        ClaimRepository(session, worker_id).hand_back(
+        claims = ClaimRepository(session, worker_id)
+        values: dict[str, Any] = {}
+        if fetched:
+            assert settings is not None
+            assert store is not None
+            claims.write(claim.job_id, claim.attempt, claim.stage)
+            owner = Principal(project_id=claim.project_id, scopes=frozenset())
+            first = register_fetched(
+                session, owner, claim.job_id, fetched, settings=settings, store=store
+            )
+            values = {"dataset_id": first} if first else {}
+        claims.hand_back(
             claim.job_id,
             claim.attempt,
             claim.stage,
             "queued",
             ("validated", storable(report)),
             validated=True,
+            **values,
         )
 
 
@@ -247,6 +281,8 @@ def succeed(
 ) -> None:
     """Publish what a job trained: version, alias `latest` and success in one transaction.
 
+    Whether the alias moves is the spec's `promote` to say; see `core.registry.promotion`.
+
     Args:
         database: Where.
         claim: The attempt that trained it.
@@ -264,6 +300,7 @@ def succeed(
     with database.session(write=True) as session:
         claims = ClaimRepository(session, worker_id)
         claims.write(claim.job_id, claim.attempt, claim.stage)
+        promotion = registry.decide(claim.spec.promote, report)
         version = registry.publish(
             session,
             project_id=claim.project_id,
@@ -275,12 +312,17 @@ def succeed(
             job_id=claim.job_id,
             provenance=storable(provenance),
             store=store,
+            promotion=promotion,
         )
         published = {
             "adapter": claim.adapter_name,
             "version": version.version,
             "digest": version.digest,
+            "promoted": promotion.promoted,
         }
+        if promotion.quarantine is not None:
+            kept_back = {**published, "reason": promotion.quarantine}
+            claims.write(claim.job_id, claim.attempt, claim.stage, [("quarantined", kept_back)])
         claims.end(
             claim.job_id,
             claim.attempt,
@@ -295,11 +337,10 @@ def succeed(
 
 
 def _open(session: Session, job: Job, stage: Stage) -> Claim | dict[str, Any]:
-    dataset = find_by_id(session, job.dataset_id)
+    sources = open_sources(session, job)
     base = BaseModelRepository(session).find(job.base_model)
-    without_rows = dataset is None and bool(job.dataset_id)
-    if without_rows or base is None:
-        missing = "data set" if without_rows else "base model"
+    if sources is None or base is None:
+        missing = "data set" if sources is None else "base model"
         error = TunesmithError(f"the job's {missing} is gone", code="input_missing")
         return error.as_dict()
     try:
@@ -313,9 +354,9 @@ def _open(session: Session, job: Job, stage: Stage) -> Claim | dict[str, Any]:
         stage=stage,
         spec=spec,
         base=to_ref(base),
-        dataset_sha256=dataset.sha256 if dataset else "",
-        dataset_format=dataset.format if dataset else "",
+        sources=sources,
         adapter_name=job.adapter_name,
+        continue_digest=job.continue_digest,
         dry_run=job.dry_run,
         stop_requested=job.stop_requested,
         memory_rung=job.memory_rung,

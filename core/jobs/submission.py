@@ -21,6 +21,9 @@ from core.db.session import Database
 from core.errors import Conflict, InvalidInput, QuotaExceeded, TunesmithError
 from core.ids import new_id
 from core.jobs import requirements
+from core.jobs.continuation import find_first_weights
+from core.jobs.sources import find_sources, keep_sources
+from core.jobs.trackers import check_trackers
 from core.jobs.views import get
 from core.principal import Principal
 from core.reads import JobRead
@@ -81,7 +84,7 @@ def store_rows(spec: JobSpec, settings: Settings, store: ArtifactStore) -> Store
     """
     if spec.rows is None:
         return None
-    report = check_rows(spec.rows)
+    report = check_rows(spec.rows, spec.data.columns)
     report.raise_for_errors()
     lines = ((json.dumps(row) + "\n").encode("ascii") for row in spec.rows)
     return StoredRows(store.write_blob(lines, settings.max_upload_bytes), report)
@@ -116,7 +119,9 @@ def submit(
 
     Raises:
         InvalidInput: `unknown_base_model`, `unknown_dataset`, `unknown_target_module`,
-            `invalid_dataset` (inline rows) or `invalid_idempotency_key`.
+            `invalid_dataset` or `unknown_column` (inline rows), `invalid_idempotency_key`, or what
+            `find_first_weights` raises.
+        Forbidden: `hub_datasets_disabled` or `hub_dataset_not_allowed`.
         Conflict: `idempotency_key_reused`; the key came with another spec before.
         QuotaExceeded: Too many jobs wait, or too much would be stored.
     """
@@ -133,8 +138,10 @@ def submit(
 
     if (same := known_job()) is not None:
         return same, False
+    check_trackers(spec, settings)
     base = find_base_model(session, spec.base_model)
     needed = requirements.estimate(spec, base.description)
+    first = find_first_weights(session, principal, spec, base)
     try:
         quotas.check_queue(session, principal, settings)
     except QuotaExceeded:
@@ -142,11 +149,15 @@ def submit(
         if (same := known_job()) is not None:
             return same, False
         raise
+    dataset = None
     if inline is not None:
         dataset = _add_inline(session, principal, settings, store, inline)
-    else:
-        dataset = find_dataset(session, principal, spec.dataset or "")
-    job = _new_job(principal, spec, dataset, needed)
+    sources = find_sources(
+        session, principal, spec, settings, inline_id=dataset.id if dataset else None
+    )
+    job = _new_job(principal, spec, sources[0].dataset_id or "", needed)
+    if first is not None:
+        first.set_on(job)
     if idempotency_key is None:
         jobs.add(job)
     else:
@@ -158,12 +169,17 @@ def submit(
         )
         if not jobs.add_under_key(job, key):
             # Another request with this key was first; an inline data set of ours is superfluous.
-            if inline is not None:
+            if dataset is not None:
                 DatasetRepository(session, principal).delete(dataset)
             if (same := known_job()) is None:
                 raise Conflict("the job of this Idempotency-Key was just deleted; send it again")
             return same, False
-    created = {"adapter": job.adapter_name, "base_model": job.base_model, "dataset": dataset.id}
+    keep_sources(session, job, sources)
+    created = {
+        "adapter": job.adapter_name,
+        "base_model": job.base_model,
+        "dataset": job.dataset_id or sources[0].reference,
+    }
     advance(session, Job.id == job.id, events=[("created", created)])
     return get(session, principal, job.id, settings=settings), True
 
@@ -199,15 +215,17 @@ def _add_inline(
 
 
 def _new_job(
-    principal: Principal, spec: JobSpec, dataset: Dataset, needed: requirements.Requirements
+    principal: Principal, spec: JobSpec, dataset_id: str, needed: requirements.Requirements
 ) -> Job:
     job_id = new_id("job")
     name = spec.adapter or _default_adapter_name(spec.base_model, job_id)
-    stored = spec.model_copy(update={"rows": None, "dataset": dataset.id, "adapter": name})
+    stored = spec.model_copy(update={"adapter": name})
+    if spec.rows is not None:
+        stored = stored.model_copy(update={"rows": None, "dataset": dataset_id})
     return Job(
         id=job_id,
         project_id=principal.project_id,
-        dataset_id=dataset.id,
+        dataset_id=dataset_id,
         base_model=spec.base_model,
         adapter_name=name,
         spec=stored.model_dump(mode="json"),
@@ -244,23 +262,6 @@ def find_base_model(session: Session, name: str) -> BaseModel:
             else "The operator adds one with `tunesmith models add`.",
         )
     return model
-
-
-def find_dataset(session: Session, principal: Principal, dataset_id: str) -> Dataset:
-    """Return the data set of a spec, kept until the transaction ends.
-
-    Raises:
-        InvalidInput: Code `unknown_dataset`.
-    """
-    dataset = DatasetRepository(session, principal).find(dataset_id, keep=True)
-    if dataset is None:
-        raise InvalidInput(
-            f"there is no data set {dataset_id!r}",
-            code="unknown_dataset",
-            field="dataset",
-            hint="Upload one with POST /datasets and use the id it answers with.",
-        )
-    return dataset
 
 
 def _fingerprint(spec: JobSpec) -> str:

@@ -31,6 +31,11 @@ class MetricUpdate:
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
+    accuracy: float | None = None
+    eval_accuracy: float | None = None
+    margin: float | None = None
+    eval_margin: float | None = None
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from core.db.repositories.checkpoints import CheckpointRepository
 from core.db.repositories.history import HistoryRepository
 from core.db.repositories.jobs import JobFilter, JobRepository
 from core.errors import NotFound
+from core.jobs.sources import first_reference
 from core.jobs.waiting import Outlook, outlook
 from core.principal import Principal
 from core.reads import (
@@ -173,7 +174,7 @@ def report(session: Session, principal: Principal, job_id: str) -> dict[str, Any
 
 def to_read(
     job: Job,
-    versions: Mapping[str, tuple[str, int, str]],
+    versions: Mapping[str, tuple[str, int, str, str | None]],
     *,
     expected: Outlook = Outlook(),
 ) -> JobRead:
@@ -192,7 +193,7 @@ def to_read(
         status=job.status,
         adapter=job.adapter_name,
         base_model=job.base_model,
-        dataset=job.dataset_id,
+        dataset=job.dataset_id or first_reference(job),
         spec=spec,
         priority=job.priority,
         attempt=job.attempt,
@@ -209,7 +210,12 @@ def to_read(
             trained_tokens=job.trained_tokens,
         ),
         error=job.error,
-        version=VersionName(name=published[0], version=published[1], digest=published[2])
+        version=VersionName(
+            name=published[0],
+            version=published[1],
+            digest=published[2],
+            quarantine=published[3],
+        )
         if published
         else None,
         created_at=job.created_at,

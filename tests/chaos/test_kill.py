@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -25,7 +29,8 @@ LONG_JOB: dict[str, Any] = {
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     """One service for all tests: it has to survive them one after the other."""
     root = tmp_path_factory.mktemp("chaos")
-    make_tiny_model(root / "tiny", seed=0)
+    # A long context, so that no answer ends before the test has done what it wants.
+    make_tiny_model(root / "tiny", seed=0, max_position_embeddings=8192)
     running = RunningService(
         root / "data",
         {"tiny": root / "tiny"},
@@ -38,6 +43,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     try:
         yield running
     finally:
+        running.client.close()
         running.kill_everything()
 
 
@@ -86,6 +92,63 @@ def test_killed_parts_that_do_not_train_are_replaced_beside_a_running_job(
     job = service.finish(job_id, 120)
     assert_one_version_that_answers(service, job)
     assert job["attempt"] == 2  # one to validate, one to train
+
+
+def test_a_killed_engine_ends_every_stream_with_an_error_and_comes_back(
+    service: RunningService, capsys: pytest.CaptureFixture[str]
+) -> None:
+    streams = 16
+    # Open all before the kill, whatever time each takes to get there.
+    under_way = threading.Barrier(streams + 1, timeout=60)
+    body = {"prompt": "item", "max_new_tokens": 8000, "min_new_tokens": 8000, "stream": True}
+
+    def read_stream(_: int) -> list[tuple[str, str]]:
+        events: list[tuple[str, str]] = []
+        with (
+            httpx2.Client(base_url=service.client.base_url, timeout=60) as client,
+            client.stream("POST", "/generate", json=body) as answer,
+        ):
+            assert answer.status_code == 200, answer.read()
+            lines = answer.iter_lines()
+            for line in lines:
+                if line.startswith("event:"):
+                    events.append((line.removeprefix("event: "), next(lines)))
+                    if len(events) == 2:
+                        under_way.wait()
+        return events
+
+    def answers() -> bool:
+        reply = service.client.post("/generate", json={"prompt": "item", "max_new_tokens": 4})
+        statuses.append(reply.status_code)
+        assert reply.status_code in {200, 503}, reply.text
+        return reply.status_code == 200
+
+    statuses: list[int] = []
+    wait_until(answers, 60, "the engine does not answer")
+    engine = service.processes()["engine"]
+    with ThreadPoolExecutor(streams) as pool:
+        reading = [pool.submit(read_stream, number) for number in range(streams)]
+        under_way.wait()
+        engine.kill()
+        killed = time.monotonic()
+        ends = [future.result(60) for future in reading]
+    ended = time.monotonic()
+    statuses.clear()
+    wait_until(answers, 60, "the engine does not come back")
+    recovered = time.monotonic()
+    with capsys.disabled():
+        names = Counter(events[-1][0] for events in ends)
+        print(f"\n{streams} streams ended with {dict(names)}: {ends[0][-1][1]}")
+        print(
+            f"the last one ended {ended - killed:.2f} s after the kill; answers again after "
+            f"{recovered - killed:.2f} s, 503 until then: {statuses.count(503)} times"
+        )
+    for events in ends:
+        assert [name for name, _ in events].count("error") == 1
+        name, data = events[-1]
+        assert name == "error"
+        assert "engine_lost" in data
+    assert ended - killed < 5
 
 
 def test_a_killed_trainer_and_a_killed_worker_each_cost_the_job_one_attempt(

@@ -235,8 +235,8 @@ def test_a_malformed_idempotency_key_is_refused(api: Api, key: str) -> None:
         ({"stop_token_ids": list(range(65))}, "stop_token_ids"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"logit_bias": {"word": 1}}, "logit_bias.word"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"response_format": {}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {}}, "response_format.type"),
         ({"response_format": {"type": "text", "schema": {}}}, "response_format.text.schema"),
     ],
 )

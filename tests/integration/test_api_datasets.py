@@ -153,7 +153,6 @@ def test_a_file_above_the_limit_is_refused_and_leaves_nothing(api: Api, announce
         ),
         ({"content": b""}, "empty_dataset"),
         ({"files": {"file": ("a.jsonl", b"\n\n")}}, "empty_dataset"),
-        ({"files": {"file": ("a.jsonl", b'{"a": 1}\n')}}, "unknown_format"),
         ({"files": {"file": ("a.parquet", b"PAR1....")}}, "malformed_parquet"),
         ({"files": {"file": ("a.jsonl", b'{"messages": [{"role": \n')}}, "invalid_dataset"),
         ({"files": {"file": ("a.jsonl", b'{"prompt": "a\\u0000", "completion": "b"}\n')}},
@@ -201,3 +200,14 @@ def test_slow_senders_never_take_the_threads_of_other_requests(tmp_path: Path) -
             assert client.get("/datasets").json()["data"] == []
         wait_until(lambda: slots.statistics().borrowed_tokens == 0, 10, "uploads go on")
     assert list((api.settings.root / "tmp").iterdir()) == []
+
+
+def test_a_file_of_foreign_columns_is_kept_for_a_job_that_names_them(api: Api) -> None:
+    rows = b'{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n'
+    answer = api.client.post("/datasets", files={"file": ("a.jsonl", rows)})
+    assert answer.status_code == 201, answer.text
+    dataset = answer.json()
+    assert (dataset["format"], dataset["rows"]) == ("unknown", 2)
+    assert dataset["report"]["columns"] == ["question", "answer"]
+    broken = api.client.post("/datasets", files={"file": ("b.jsonl", rows + b"nope\n")})
+    assert (broken.status_code, broken.json()["line"]) == (422, 3)

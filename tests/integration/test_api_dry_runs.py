@@ -54,7 +54,7 @@ def start(api: Api) -> Iterator[Start]:
         child = ChildProcess(
             argv, log_path=api.settings.root / "logs" / "child.log", environment=environment()
         )
-        stage = ValidateStage(LocalStore(api.settings.root), NullQueue())
+        stage = ValidateStage(api.settings, LocalStore(api.settings.root), NullQueue())
         runners.append(Runner("light", stage, api.settings, api.database, child))
         runners[-1].start()
         return child
@@ -134,3 +134,25 @@ def test_an_impossible_spec_is_refused_and_an_unknown_one_not_found(api: Api) ->
         assert answer.json()["code"] == code
     answer = api.client.get("/jobs/validations/validation-none")
     assert (answer.status_code, answer.json()["code"]) == (404, "unknown_validation")
+
+
+def test_a_file_of_foreign_columns_needs_a_mapping(api: Api, start: Start) -> None:
+    start()
+    rows = "".join(f"question {n},answer {n}\n" for n in range(12))
+    upload = {"file": ("rows.csv", f"ask,say\n{rows}".encode())}
+    dataset = api.client.post("/datasets", files=upload).json()
+    spec = {"rows": None, "dataset": dataset["id"]}
+    without = validate(api, **spec).json()
+    assert [error["code"] for error in without["report"]["errors"]] == ["unknown_format"]
+    columns = {"prompt": "ask", "completion": "reply"}
+    wrong = validate(api, **spec, data={"columns": columns}).json()["report"]["errors"]
+    assert [(error["code"], error["field"]) for error in wrong] == [
+        ("unknown_column", "data.columns.completion")
+    ]
+    assert "'ask', 'say'" in wrong[0]["message"]
+    data = {"columns": columns | {"completion": "say"}, "validation_dataset": dataset["id"]}
+    report = validate(api, **spec, data=data).json()["report"]
+    assert (report["valid"], report["training_rows"], report["overlap"]) == (True, 12, 12)
+    assert [(one["role"], one["rows"]) for one in report["sources"]] == [
+        ("training", 12), ("validation", 12),
+    ]  # fmt: skip

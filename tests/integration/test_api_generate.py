@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from core.errors import Unavailable
-from core.inference.engine import SamplingParams
+from core.inference.engine import GenerateRequest, SamplingParams
 from tests.support.api import Api, adapter_files, build_api, live_server, pack, running_api
 from tests.support.polling import wait_until
 
@@ -102,6 +102,24 @@ def test_sampling_fields_reach_the_engine(api: Api) -> None:
         "logprob": -0.5,
         "top": [[0, "base", -0.5]],
     }
+
+
+def test_tools_and_calls_reach_the_engine(api: Api) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    call = {"id": "call_1", "function": {"name": "weather", "arguments": "{}"}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "How warm is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "12 degrees", "tool_call_id": "call_1"},
+    ]
+    body = {"messages": messages, "tools": tools, "base_model": "tiny"}
+    assert api.client.post("/generate", json=body).status_code == 200
+    sent = api.engine.requests[-1]
+    assert sent.tools == tools
+    assert [m.model_dump(exclude_none=True) for m in sent.messages or []] == messages
+    assert GenerateRequest.model_validate_json(sent.model_dump_json(exclude_unset=True)) == sent
+    answer = api.client.post("/generate", json={"prompt": "a", "tools": tools})
+    assert answer.status_code == 422
 
 
 def test_a_stream_says_the_same_as_the_whole_answer(api: Api, digest: str) -> None:

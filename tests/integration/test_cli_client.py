@@ -191,7 +191,12 @@ def test_following_a_job_shows_its_progress_and_what_it_made(
     assert "2.5" in succeed("jobs", "metrics", submitted["id"]).stdout
     report = succeed("jobs", "report", submitted["id"], "--json").json
     assert report["samples"][0]["adapter"] == "ho"
-    assert "adapter: ho" in succeed("jobs", "report", submitted["id"]).stdout
+    shown = succeed("jobs", "report", submitted["id"]).stdout
+    assert "Published and promoted to latest" in shown
+    assert "│ ho " in shown
+    page = rows_file.with_name("report.html")
+    succeed("jobs", "report", submitted["id"], "--html", page)
+    assert page.read_text("utf-8").startswith("<!doctype html>")
 
 
 def trained(spec_file: Path, rows_file: Path, finish: Callable[[], None]) -> dict[str, Any]:
@@ -293,7 +298,10 @@ def test_a_validation_shows_its_report_and_fails_for_an_invalid_one(
         "tokens": {"total": 80, "min": 5, "mean": 10.0, "p50": 9, "p95": 20, "max": 20},
         "trained_tokens": 40, "steps": 6, "tokens_per_epoch": 80, "total_tokens": 240,
         "histogram": [{"from_tokens": 1, "to_tokens": 16, "rows": 8, "rows_by_trained": 8}],
-        "sample": {"line": 1, "text": "ask: answer", "spans": [[5, 11]]},
+        "sample": {
+            "line": 1, "text": "ask: answer", "spans": [[5, 11]],
+            "rejected_text": "ask: nothing", "rejected_spans": [[5, 12]],
+        },
         "warnings": [{"code": "few_rows", "message": "8 rows to train on are few", "lines": []}],
     }  # fmt: skip
 
@@ -317,4 +325,5 @@ def test_a_validation_shows_its_report_and_fails_for_an_invalid_one(
     assert ("row_too_long" in shown) is not valid
     for text in ("1 (lines 5 = 2)", "max_rows", "ask: ⟦answer⟧", "few_rows", "unknown: no train"):
         assert text in shown
+    assert "ask: ⟦nothing⟧" in shown
     assert succeed("jobs", "list", "--json").json == []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, update
 
-from core import jobs
+from core import costs, jobs
 from core.config import Settings
 from core.db.models import (
     Adapter,
@@ -16,7 +16,6 @@ from core.db.models import (
     Dataset,
     Job,
     JobEvent,
-    JobMetric,
     UsageTotal,
     WebhookDelivery,
     Worker,
@@ -44,6 +43,7 @@ from tests.support.webhooks import subscribe
 REPORT: dict[str, Any] = {
     "valid": True,
     "format": "messages",
+    "sources": [],
     "rows_read": 4,
     "rows": 4,
     "dropped": {},
@@ -235,15 +235,29 @@ def test_the_estimate_comes_from_what_was_measured(
                 absent_base_models=[],
             )
         )  # fmt: skip
-    _add_trained_job(database, "job-1", tokens_per_second=50.0, tokens=500, used_seconds=14.0)
+    _add_trained_job(
+        database,
+        training_seconds=10.0,
+        training_operations=5e6,
+        other_seconds=6.0,
+        evaluation_operations=1e6,
+    )
     second = start(database, settings, dataset=dataset, training={"batch_size": 4})
     finish(database)
     estimate = read(database, second.id).estimate
     assert estimate is not None
-    # 300 tokens by 50 a second, and 4 seconds that were not training.
-    assert (estimate.device, estimate.seconds, estimate.measured_jobs) == ("cpu", 10.0, 1)
-    assert estimate.peak_memory_bytes == requirements.memory_bytes(
-        make_spec(), describe_base(), on_cuda=False, tokens=4 * 50
+    spec = make_spec(training={"batch_size": 4})
+    shape = costs.shape_of(spec, describe_base())
+    operations = costs.training_operations(
+        # Three epochs of four rows, four in a pass.
+        spec, shape, costs.Rows(4, 100, 60), tokens=300, passes=3
+    )  # fmt: skip
+    operations += costs.evaluation_operations(spec, shape, costs.Rows(0, 0, 0), 3)
+    # At 500,000 a second; the other job's four seconds were neither training nor evaluation.
+    assert estimate.seconds == pytest.approx(operations / 5e5 + 4, abs=0.1)
+    assert (estimate.device, estimate.measured_jobs) == ("cpu", 1)
+    assert estimate.peak_memory_bytes == requirements.peak_memory_bytes(
+        spec, describe_base(), on_cuda=False, tokens=4 * 50, trained_share=0.6
     )
 
     third = start(database, settings, dataset=dataset, resources={"device": "cuda"})
@@ -254,16 +268,14 @@ def test_the_estimate_comes_from_what_was_measured(
     assert "'cuda'" in str(estimate.seconds_reason)
 
 
-def _add_trained_job(
-    database: Database, job_id: str, *, tokens_per_second: float, tokens: int, used_seconds: float
-) -> None:
+def _add_trained_job(database: Database, **pace: float) -> None:
     with database.session(write=True) as session:
         session.add(Adapter(id="adapter-1", project_id=LOCAL.project_id, name="bot"))
         session.add(
             Job(
-                id=job_id, project_id=LOCAL.project_id, dataset_id="file-none", base_model="tiny",
+                id="job-1", project_id=LOCAL.project_id, dataset_id="file-none", base_model="tiny",
                 adapter_name="bot", spec={}, status="succeeded", version_id="version-1",
-                trained_tokens=tokens, used_seconds=used_seconds, finished_at=utc_now(),
+                finished_at=utc_now(),
             )
         )  # fmt: skip
         session.flush()
@@ -271,9 +283,6 @@ def _add_trained_job(
             AdapterVersion(
                 id="version-1", project_id=LOCAL.project_id, adapter_id="adapter-1", version=1,
                 digest="d" * 64, bytes=1, base_model="tiny", base_digest="b" * 64, origin="job",
-                job_id=job_id, manifest={}, provenance={"device": "cpu"},
+                job_id="job-1", manifest={}, provenance={"device": "cpu:0", "pace": pace},
             )
         )  # fmt: skip
-        session.add(
-            JobMetric(job_id=job_id, attempt=1, step=1, tokens_per_second=tokens_per_second)
-        )

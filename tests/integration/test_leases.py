@@ -61,7 +61,7 @@ def test_a_job_is_validated_then_queued_then_trained(
     assert jobs.claim(database, worker_id="w", stage="train", lease_seconds=30) is None
     check = must_claim(database, "light", "validate")
     assert (check.job_id, check.attempt, check.base.name) == (job.id, 1, "tiny")
-    assert store.blob_path(check.dataset_sha256).is_file()
+    assert store.blob_path(check.sources[0].sha256).is_file()
     jobs.validated(database, check, "light", {"rows": 1})
     assert _get(database, job.id).status == "queued"
 
@@ -222,7 +222,7 @@ def test_updates_are_stored_together_and_numbered_without_gaps(
             ProgressUpdate(stage="train", total_steps=8),
             EventUpdate("log", {"value": math.inf, "text": "a\x00b"}),
             MetricUpdate(step=1, loss=2.0, learning_rate=1e-4),
-            MetricUpdate(step=1, eval_loss=1.5),
+            MetricUpdate(step=1, eval_loss=1.5, eval_accuracy=0.25),
             EventUpdate("log"),
             ProgressUpdate(step=2, eta_seconds=3.5, trained_tokens=40),
         ],
@@ -231,7 +231,10 @@ def test_updates_are_stored_together_and_numbered_without_gaps(
         database,
         claim,
         "w",
-        [MetricUpdate(step=1, grad_norm=0.5), MetricUpdate(step=2, loss=math.nan)],
+        [
+            MetricUpdate(step=1, grad_norm=0.5, accuracy=0.75, memory_bytes=3 * 2**32),
+            MetricUpdate(step=2, loss=math.nan),
+        ],
     )
     jobs.record(database, claim, "w", [])
     with database.session() as session:
@@ -242,6 +245,8 @@ def test_updates_are_stored_together_and_numbered_without_gaps(
     first, second = metrics.data
     assert (first.loss, first.eval_loss, first.grad_norm) == (2.0, 1.5, 0.5)
     assert (first.learning_rate, first.attempt) == (1e-4, 2)
+    assert (first.accuracy, first.eval_accuracy) == (0.75, 0.25)
+    assert first.memory_bytes == 3 * 2**32
     assert (second.step, second.loss) == (2, None)
     progress = _get(database, job.id).progress
     assert (progress.step, progress.total_steps, progress.percent) == (2, 8, 25.0)

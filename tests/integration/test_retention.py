@@ -290,7 +290,7 @@ def test_every_table_is_one_that_housekeeping_knows_about() -> None:
     """A new table must be thought of: what removes its rows, and does a backup hold it?"""
     assert {table.name for table in Base.metadata.sorted_tables} == {
         "projects", "api_keys", "base_models", "datasets", "jobs", "idempotency_keys",
-        "job_events", "job_metrics", "job_checkpoints", "usage_totals", "webhooks",
-        "webhook_deliveries", "adapters", "adapter_versions", "adapter_aliases", "workers",
-        "leases",
+        "job_sources", "job_events", "job_metrics", "job_checkpoints", "usage_totals", "webhooks",
+        "webhook_deliveries", "adapters", "adapter_versions", "adapter_aliases", "exports",
+        "workers", "leases",
     }  # fmt: skip

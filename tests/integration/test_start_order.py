@@ -89,7 +89,7 @@ def test_a_worker_waits_for_its_schema_and_then_works(
     worker.wait_for("worker_started")
     assert len([line for line in worker.events() if line["event"] == "waiting_for_schema"]) == 1
     worker.process.send_signal(signal.SIGTERM)
-    assert worker.process.wait(20) == 0
+    assert worker.process.wait(20) == 0, worker.log.read_text()[-3000:]
 
 
 def test_a_worker_that_waits_for_its_database_can_be_stopped(start: Start, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_worker_that_waits_for_its_database_can_be_stopped(start: Start, tmp_p
     assert "refused" in worker.wait_for("waiting_for_database")["reason"].lower()
     assert "hidden" not in worker.log.read_text()
     worker.process.send_signal(signal.SIGTERM)
-    assert worker.process.wait(20) == 0
+    assert worker.process.wait(20) == 0, worker.log.read_text()[-3000:]
 
 
 @pytest.mark.postgres

@@ -109,6 +109,8 @@ def test_every_end_of_a_job_is_told_once(
         "base_model": "tiny",
         "origin": "job",
         "job_id": trained.id,
+        "promoted": True,
+        "quarantine": None,
     }
     told_error = by_type["job.failed", failed.id]["error"]
     assert told_error == {"code": "no_rows", "message": "x" * 1000, "hint": "y"}

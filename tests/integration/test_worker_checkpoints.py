@@ -120,7 +120,7 @@ def test_a_job_that_takes_too_long_fails_and_can_go_on(bench: JobBench) -> None:
 
 
 def test_running_out_of_memory_goes_down_the_ladder_and_costs_no_attempt(bench: JobBench) -> None:
-    job_id = bench.submit()
+    job_id = bench.submit(training={"batch_size": 8})
     bench.runner("run_out_of_memory_above_rung_two", max_attempts=1)
     bench.wait_for(job_id, "succeeded", 40)
     rungs = [data["memory_rung"] for data in bench.events(job_id, "requeued")]
@@ -130,7 +130,7 @@ def test_running_out_of_memory_goes_down_the_ladder_and_costs_no_attempt(bench: 
 
 
 def test_at_the_end_of_the_ladder_the_job_fails(bench: JobBench) -> None:
-    job_id = bench.submit()
+    job_id = bench.submit(training={"batch_size": 8})
     bench.runner("run_out_of_memory")
     job = bench.wait_for(job_id, "failed", 60)
     assert job.error is not None

@@ -12,7 +12,7 @@ import migrations
 from core import auth, jobs, registry
 from core.backup import create_backup
 from core.config import Settings
-from core.db.models import Base, Webhook
+from core.db.models import Base, JobSource, Webhook
 from core.db.session import Database
 from core.principal import LOCAL
 from core.storage import ArtifactStore, LocalStore
@@ -25,7 +25,8 @@ from tests.support.factories import (
     queue_job,
 )
 
-TRANSIENT = {"leases", "workers"}
+# Exports are left out of a backup: they can be made again.
+TRANSIENT = {"exports", "leases", "workers"}
 
 
 def live_in(
@@ -48,6 +49,16 @@ def live_in(
     dataset = add_dataset(database, store, content='{"text": "Grüße 🎵"}\n'.encode())
     digest = publish_version(database, store, tmp_path / "artifact")
     job = queue_job(database, store, settings, key="again")
+    with database.session(write=True) as session:
+        session.add(
+            JobSource(
+                job_id=job.id,
+                position=0,
+                role="training",
+                reference=job.dataset,
+                dataset_id=job.dataset,
+            )
+        )
     claim = must_claim(database, "worker-1")
     jobs.record(
         database,

@@ -44,7 +44,7 @@ def succeed(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
 
 def validate(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """Find nothing wrong with the rows."""
-    return {"rows": len(Path(task["data_path"]).read_bytes().splitlines())}
+    return {"rows": len(Path(task["sources"][0]["path"]).read_bytes().splitlines())}
 
 
 def echo(task: dict[str, Any], channel: Channel) -> dict[str, Any]:

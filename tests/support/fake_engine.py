@@ -71,7 +71,9 @@ class FakeEngine:
             await self.load(request.base_model, request.adapter)
         return self._events(request, text, prompt_tokens)
 
-    async def load(self, base_model: BaseModelRef, adapter: AdapterRef) -> ResidentAdapter:
+    async def load(
+        self, base_model: BaseModelRef, adapter: AdapterRef, *, keep: bool = False
+    ) -> ResidentAdapter:
         """Make an adapter resident; see `Engine`."""
         self._check_available()
         if adapter.digest in self.refusals:
@@ -87,12 +89,24 @@ class FakeEngine:
                 load_ms=1.0,
                 last_used_seconds_ago=0.0,
             )
+        if keep:
+            kept = self._resident[adapter.digest].model_copy(update={"kept": True})
+            self._resident[adapter.digest] = kept
         return self._resident[adapter.digest]
 
-    async def unload(self, digest: str) -> bool:
+    async def unload(self, digest: str) -> int:
         """Forget an adapter; see `Engine`."""
         self._check_available()
-        return self._resident.pop(digest, None) is not None
+        return 1000 if self._resident.pop(digest, None) is not None else 0
+
+    async def release(self, digest: str) -> bool:
+        """Keep an adapter no longer; see `Engine`."""
+        self._check_available()
+        found = self._resident.get(digest)
+        if found is None or not found.kept:
+            return False
+        self._resident[digest] = found.model_copy(update={"kept": False})
+        return True
 
     async def status(self) -> EngineStatus:
         """Return residency and counters; see `Engine`."""

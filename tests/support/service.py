@@ -106,6 +106,8 @@ class RunningService:
 
     def kill_everything(self) -> None:
         """End what is left, by id, when a test failed half-way."""
+        if hasattr(self, "client"):
+            self.client.close()
         if self.supervisor.poll() is None:
             # Its parts notice and end by themselves, as the tests of `serve` show.
             self.supervisor.kill()

@@ -20,15 +20,21 @@ _CORPUS = (
 )
 
 
-def make_tokenizer(chat_template: str | None = CHATML) -> Any:
-    """Return a small byte-level BPE tokenizer; any text round-trips through it."""
+def make_tokenizer(chat_template: str | None = CHATML, *, markers: bool = True) -> Any:
+    """Return a small byte-level BPE tokenizer; any text round-trips through it.
+
+    Args:
+        chat_template: Its template.
+        markers: Whether the vocabulary has the markers of ChatML, of which one then is the end
+            token.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    specials = ["<|endoftext|>", *(["<|im_start|>", "<|im_end|>"] if markers else [])]
     trainer = trainers.BpeTrainer(
         vocab_size=384,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in specials],
@@ -38,7 +44,7 @@ def make_tokenizer(chat_template: str | None = CHATML) -> Any:
     tokenizer.train_from_iterator(_CORPUS, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
+        eos_token=specials[-1],
         pad_token="<|endoftext|>",
         clean_up_tokenization_spaces=False,
     )
@@ -47,21 +53,27 @@ def make_tokenizer(chat_template: str | None = CHATML) -> Any:
 
 
 def make_tiny_model(
-    path: Path | str, seed: int = 0, *, chat_template: str | None = CHATML, **overrides: Any
+    path: Path | str,
+    seed: int = 0,
+    *,
+    chat_template: str | None = CHATML,
+    markers: bool = True,
+    **overrides: Any,
 ) -> Path:
     """Save a random 2-layer Llama (hidden 64, 4 query and 2 key/value heads) below `path`.
 
     Args:
         path: Directory, created where needed.
         seed: Seed of the weights; the tokenizer is always the same.
-        chat_template: Template of the tokenizer; `None` makes a model that cannot chat.
+        chat_template: Template of the tokenizer; `None` makes a model that was not made to chat.
+        markers: Whether the vocabulary has the markers of ChatML.
         overrides: Fields of LlamaConfig.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = Path(path)
-    tokenizer = make_tokenizer(chat_template)
+    tokenizer = make_tokenizer(chat_template, markers=markers)
     fields: dict[str, Any] = {
         "vocab_size": 384,
         "hidden_size": 64,

@@ -73,7 +73,8 @@ class JobBench:
 
     def light_runner(self, mode: str, queue: JobQueue) -> Runner:
         """Start a light worker's runner with a child of this mode."""
-        return self._start("light", ValidateStage(self.store, queue), mode, self.settings)
+        stage = ValidateStage(self.settings, self.store, queue)
+        return self._start("light", stage, mode, self.settings)
 
     def _start(self, queue: QueueName, stage: Stage, mode: str, settings: Settings) -> Runner:
         child = ChildProcess(

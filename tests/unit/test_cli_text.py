@@ -12,6 +12,7 @@ import pytest
 
 from core.errors import InvalidInput, TunesmithError
 from service.cli.follow import check_succeeded, describe_stage
+from service.cli.job_validation import print_validation
 from service.cli.jobs import assign
 from service.cli.output import print_error, print_table, show_bytes, show_seconds
 from tests.support.command_line import tunesmith
@@ -93,6 +94,14 @@ def test_set_changes_one_field(assignment: str, expected: dict[str, Any]) -> Non
     spec: dict[str, Any] = {"training": {"seed": 1}}
     assign(spec, assignment)
     assert spec == expected
+
+
+def test_a_data_set_takes_the_place_of_all_that_the_rows_came_from() -> None:
+    spec: dict[str, Any] = {"dataset": "hf:a/b@main", "split": "train[:1%]", "rows": [{}]}
+    assign(spec, "dataset=file-1")
+    assert spec == {"dataset": "file-1"}
+    assign(spec, "split=train")
+    assert spec == {"dataset": "file-1", "split": "train"}
 
 
 @pytest.mark.parametrize("assignment", ["epochs", "=1", "a..b=1", "training.seed.x=1"])
@@ -182,3 +191,36 @@ def test_a_spec_that_is_no_json_is_refused(tmp_path: Path) -> None:
         outcome = tunesmith("jobs", "submit", spec)
         assert outcome.code == 1
         assert "invalid_json" in outcome.stderr
+
+
+def test_several_data_sets_take_the_place_of_one() -> None:
+    spec = {"dataset": "file-1", "split": "train", "data": {}}
+    assign(spec, 'datasets=[{"dataset": "file-2", "weight": 0.5}]')
+    assert spec == {"data": {}, "datasets": [{"dataset": "file-2", "weight": 0.5}]}
+
+
+def test_the_report_of_several_data_sets_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    source = {
+        "dataset": "file-a", "role": "training", "weight": 2.5, "format": "text", "rows_read": 7,
+        "rows": 4, "rows_per_epoch": 10,
+    }  # fmt: skip
+    error = {
+        "dataset": "file-b", "line": 3, "field": "text", "code": "empty", "message": "it is empty"
+    }  # fmt: skip
+    same = {
+        "line": 4, "same_as_line": 5, "dataset": "file-b", "same_as_dataset": "file-a"
+    }  # fmt: skip
+    report = {
+        "valid": False, "format": "text", "rows_read": 9, "rows": 6, "dropped": {},
+        "sources": [source, source | {"dataset": "file-b", "role": "validation", "weight": 1.0}],
+        "error_count": 1, "errors": [error], "too_long": None, "duplicates": 0,
+        "duplicate_rows": [], "training_rows": 10, "validation_rows": 2, "overlap": 1,
+        "overlap_rows": [same], "tokens": None, "trained_tokens": 0, "steps": 1,
+        "tokens_per_epoch": 9, "total_tokens": 9, "histogram": [], "sample": None, "warnings": [],
+    }  # fmt: skip
+    print_validation({"report": report, "estimate": None})
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "file-b 3 text empty it is empty" in lines
+    assert "file-a training 2.5 text 7 4 10" in lines
+    assert "file-b validation 1 text 7 4" in lines
+    assert any("file-b:4 = file-a:5" in line for line in lines)

@@ -267,6 +267,27 @@ def test_our_own_download_imports_as_the_same_adapter(tmp_path: Path) -> None:
     assert _prepare(target, base).digest == original.digest
 
 
+def test_an_adapter_of_a_base_without_template_gets_the_one_that_serves_it(
+    tmp_path: Path,
+) -> None:
+    fallback = "{{ 'ChatML' }}"
+    known = describe_base() | {"template_sha256": None, "fallback_template": fallback}
+    base = make_base_directory(tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+
+    def complete(name: str, template: str | None) -> artifacts.Manifest:
+        directory = make_adapter_directory(tmp_path / name)
+        if template is not None:
+            (directory / "chat_template.jinja").write_text(template)
+        return prepare_import(directory, description=known, base_digest=BASE_DIGEST, base_path=base)
+
+    assert complete("without", None).template_sha256 == artifacts.sha256_text(fallback)
+    assert complete("ours", fallback).template_sha256 == artifacts.sha256_text(fallback)
+    with pytest.raises(InvalidInput) as caught:
+        complete("other", TEMPLATE)
+    assert caught.value.code == "template_mismatch"
+
+
 @pytest.mark.parametrize("where", ["jinja", "config", "named"])
 def test_an_equal_template_is_accepted_wherever_it_stands(tmp_path: Path, where: str) -> None:
     base = make_base_directory(tmp_path / "base")

@@ -4,7 +4,7 @@ import pytest
 
 from core.data.split import count_steps
 from core.specs import LAST_RUNG, TrainingSpec
-from core.training.memory_ladder import plan_batches
+from core.training.memory_ladder import next_rung, plan_batches
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,23 @@ def test_every_rung_takes_the_same_number_of_steps(rows: int) -> None:
             }
         )
         assert count_steps(rows, divided) == count_steps(rows, training)
+
+
+@pytest.mark.parametrize(
+    ("training", "rungs"),
+    [
+        (TrainingSpec(batch_size=8), [1, 2, 3, 4]),
+        (TrainingSpec(batch_size=2), [1, 4]),
+        (TrainingSpec(batch_size=1), [4]),
+        (TrainingSpec(batch_size=2, gradient_checkpointing=True), [1]),
+        (TrainingSpec(batch_size=1, gradient_checkpointing=True), []),
+    ],
+)
+def test_a_rung_that_would_change_nothing_is_passed_over(
+    training: TrainingSpec, rungs: list[int]
+) -> None:
+    seen: list[int] = []
+    rung: int | None = 0
+    while (rung := next_rung(training, rung)) is not None:
+        seen.append(rung)
+    assert seen == rungs

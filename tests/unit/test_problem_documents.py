@@ -134,7 +134,7 @@ def test_branches_of_a_union_do_not_show_in_the_path() -> None:
 def test_a_rule_of_the_whole_body_has_no_field() -> None:
     error = described({"base_model": "m"}, JobSpec)
     assert error.field is None
-    assert error.message == "give either 'dataset' or 'rows'"
+    assert error.message == "give one of 'dataset', 'datasets' or 'rows'"
 
 
 @pytest.mark.parametrize(

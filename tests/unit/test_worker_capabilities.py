@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from worker import capabilities
+from core import memory_limits
 from worker.capabilities import find_device, find_memory_bytes
 
 MIB = 1024**2
@@ -24,7 +24,7 @@ def _smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(capabilities, "_CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(memory_limits, "_CGROUP_ROOT", tmp_path)
     return tmp_path
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import delete, exists, func, select
+from sqlalchemy import delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import Adapter, AdapterAlias, AdapterVersion, utc_now
+from core.db.models import Adapter, AdapterAlias, AdapterVersion, Job, utc_now
 from core.db.repositories.dialect import insert_into, is_key
 from core.errors import NotFound
 from core.ids import new_id
+from core.job_status import UNFINISHED
 
 
 class AdapterRepository:
@@ -92,6 +93,40 @@ class AdapterRepository:
         ).one()
         return row[0], row[1]
 
+    def has_digest(self, digest: str) -> bool:
+        """Tell whether a version of the project has a digest."""
+        return bool(
+            self._session.scalar(
+                select(
+                    exists().where(
+                        AdapterVersion.digest == digest,
+                        AdapterVersion.project_id == self._project_id,
+                    )
+                )
+            )
+        )
+
+    def list_digests(self, adapter_id: str) -> Sequence[str]:
+        """Return the digests of an adapter's versions, sorted."""
+        return self._session.scalars(
+            select(AdapterVersion.digest)
+            .where(AdapterVersion.adapter_id == adapter_id)
+            .distinct()
+            .order_by(AdapterVersion.digest)
+        ).all()
+
+    def find_continuing(self, digests: Sequence[str]) -> str | None:
+        """Return an unfinished job of the project that goes on from one of some digests."""
+        return self._session.scalars(
+            select(Job.id)
+            .where(
+                Job.continue_digest.in_(digests),
+                Job.project_id == self._project_id,
+                Job.status.in_(UNFINISHED),
+            )
+            .limit(1)
+        ).one_or_none()
+
     def add(self, version: AdapterVersion) -> None:
         """Insert a version."""
         self._session.add(version)
@@ -102,9 +137,31 @@ class AdapterRepository:
         moved = {"version_id": version_id, "updated_at": utc_now()}
         self._session.execute(
             insert_into(self._session, AdapterAlias)
-            .values(adapter_id=adapter_id, alias=alias, **moved)
+            .values(adapter_id=adapter_id, alias=alias, pinned=False, **moved)
             .on_conflict_do_update(index_elements=["adapter_id", "alias"], set_=moved)
         )
+
+    def pin(self, adapter_id: str, alias: str, *, pinned: bool) -> bool:
+        """Say whether engines keep what an alias points at; False when there is no such alias."""
+        changed = self._session.scalars(
+            update(AdapterAlias)
+            .where(AdapterAlias.adapter_id == adapter_id, AdapterAlias.alias == alias)
+            .values(pinned=pinned)
+            .returning(AdapterAlias.alias)
+        )
+        return changed.one_or_none() is not None
+
+    def pinned_aliases(self, adapter_ids: Collection[str]) -> Mapping[str, list[str]]:
+        """Return adapter id → its pinned aliases, sorted."""
+        found: dict[str, list[str]] = {}
+        rows = self._session.execute(
+            select(AdapterAlias.adapter_id, AdapterAlias.alias)
+            .where(AdapterAlias.adapter_id.in_(adapter_ids), AdapterAlias.pinned)
+            .order_by(AdapterAlias.alias)
+        )
+        for adapter_id, alias in rows:
+            found.setdefault(adapter_id, []).append(alias)
+        return found
 
     def remove_alias(self, adapter_id: str, alias: str) -> bool:
         """Remove an alias; False when there is none."""
@@ -121,12 +178,7 @@ class AdapterRepository:
 
     def delete(self, adapter: Adapter) -> Sequence[str]:
         """Remove an adapter with its versions and aliases; return the versions' digests."""
-        digests = self._session.scalars(
-            select(AdapterVersion.digest)
-            .where(AdapterVersion.adapter_id == adapter.id)
-            .distinct()
-            .order_by(AdapterVersion.digest)
-        ).all()
+        digests = self.list_digests(adapter.id)
         for model in (AdapterAlias, AdapterVersion):
             self._session.execute(
                 delete(model)
@@ -136,11 +188,23 @@ class AdapterRepository:
         self._session.execute(delete(Adapter).where(Adapter.id == adapter.id))
         return digests
 
+    def newest_of(self, name: str) -> int | None:
+        """Return the highest version number of a name."""
+        return self._session.scalar(
+            select(func.max(AdapterVersion.version))
+            .join(Adapter, Adapter.id == AdapterVersion.adapter_id)
+            .where(Adapter.project_id == self._project_id, Adapter.name == name)
+        )
+
     def newest(self, adapter_id: str, *, other_than: str) -> AdapterVersion | None:
-        """Return the adapter's version of the highest number but the one excluded."""
+        """Return the version of the highest number that an alias may get, but the one excluded."""
         return self._session.scalars(
             select(AdapterVersion)
-            .where(AdapterVersion.adapter_id == adapter_id, AdapterVersion.id != other_than)
+            .where(
+                AdapterVersion.adapter_id == adapter_id,
+                AdapterVersion.id != other_than,
+                AdapterVersion.quarantine.is_(None),
+            )
             .order_by(AdapterVersion.version.desc())
             .limit(1)
         ).one_or_none()
@@ -187,5 +251,19 @@ class AdapterRepository:
 
 
 def is_referenced(session: Session, digest: str) -> bool:
-    """Tell whether a version of any project has this digest."""
-    return bool(session.scalar(select(exists().where(AdapterVersion.digest == digest))))
+    """Tell whether a version of any project has this digest or an unfinished job needs it."""
+    version = exists().where(AdapterVersion.digest == digest)
+    job = exists().where(Job.continue_digest == digest, Job.status.in_(UNFINISHED))
+    return bool(session.scalar(select(or_(version, job))))
+
+
+def pinned_versions(session: Session) -> Sequence[tuple[str, str]]:
+    """Return (base digest, digest) of what pinned aliases of all projects point at, sorted."""
+    rows = session.execute(
+        select(AdapterVersion.base_digest, AdapterVersion.digest)
+        .join(AdapterAlias, AdapterAlias.version_id == AdapterVersion.id)
+        .where(AdapterAlias.pinned)
+        .distinct()
+        .order_by(AdapterVersion.base_digest, AdapterVersion.digest)
+    )
+    return [(base_digest, digest) for base_digest, digest in rows]

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
-from core.db.models import Adapter, AdapterVersion, Base, Dataset, Job, JobCheckpoint
+from core.db.models import Adapter, AdapterVersion, Base, Dataset, Job, JobCheckpoint, JobSource
 from core.db.session import Database
 from core.db.types import UtcDateTime
 from core.job_status import UNFINISHED
@@ -33,8 +33,8 @@ from core.principal import DEFAULT_PROJECT_ID
 
 ColumnKind = Literal["text", "integer", "real", "boolean", "json", "time"]
 
-# What belongs to processes that run, and means nothing elsewhere.
-_TRANSIENT: Final = frozenset({"leases", "workers"})
+# What belongs to processes that run and means nothing elsewhere, and what can be made again.
+_TRANSIENT: Final = frozenset({"exports", "leases", "workers"})
 _ROWS_AT_A_TIME = 500
 _TYPES: Final[Mapping[ColumnKind, TypeEngine[Any]]] = {
     "text": Text(),
@@ -126,10 +126,15 @@ def load_rows(
 
 def forget_blob(session: Session, sha256: str) -> None:
     """Delete the checkpoints and data sets with these bytes, but those that a job needs."""
-    needed = exists().where(Job.dataset_id == Dataset.id, Job.status.in_(UNFINISHED))
+    alone = exists().where(Job.dataset_id == Dataset.id, Job.status.in_(UNFINISHED))
+    beside = exists().where(
+        JobSource.dataset_id == Dataset.id,
+        Job.id == JobSource.job_id,
+        Job.status.in_(UNFINISHED),
+    )
     for statement in (
         delete(JobCheckpoint).where(JobCheckpoint.sha256 == sha256),
-        delete(Dataset).where(Dataset.sha256 == sha256, ~needed),
+        delete(Dataset).where(Dataset.sha256 == sha256, ~alone, ~beside),
     ):
         session.execute(statement.execution_options(synchronize_session=False))
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from core.db.models import AdapterVersion, Job, JobMetric
+from core.db.models import AdapterVersion, Job
 from core.db.repositories.dialect import is_key
 from core.errors import NotFound
 from core.principal import Principal
 
-# Jobs that succeeded lately, and measurements of each, which a speed is made from.
+# Versions that are looked through for measurements.
 _HISTORY = 200
-_MEASURED_JOBS = 5
-_MEASUREMENTS = 200
 
 
 class DryRunRepository:
@@ -68,58 +66,42 @@ class DryRunRepository:
 
 @dataclass(frozen=True)
 class TrainedJob:
-    """How fast a job was.
+    """How fast a job was; operations as `core.costs` counts them.
 
     Attributes:
+        base_digest: Of the base model it was trained on.
         device: What trained it, such as `cuda`.
-        tokens_per_second: While it trained.
-        tokens: That it read.
-        used_seconds: All its work, with loading, evaluation and packaging.
+        training_seconds: In its optimizer steps.
+        training_operations: In these.
+        other_seconds: With loading, evaluation and packaging.
+        evaluation_operations: In these.
     """
 
+    base_digest: str
     device: str
-    tokens_per_second: float
-    tokens: int
-    used_seconds: float
+    training_seconds: float
+    training_operations: float
+    other_seconds: float
+    evaluation_operations: float
 
 
-def list_trained(session: Session, project_id: str, base_model: str) -> Sequence[TrainedJob]:
-    """Return a project's last jobs that succeeded on a base model, the newest first.
+def list_trained(session: Session, device: str) -> Sequence[TrainedJob]:
+    """Return the last trainings on a kind of device, of whichever project, the newest first.
 
     Args:
         session: Where.
-        project_id: The project's.
-        base_model: What they were trained on.
+        device: Such as `cuda`.
     """
-    recent = (
-        select(Job.id, Job.base_model, Job.version_id, Job.trained_tokens, Job.used_seconds)
-        .where(Job.project_id == project_id, Job.status == "succeeded", Job.dry_run.is_(False))
-        .order_by(Job.id.desc())
-        .limit(_HISTORY)
-        .subquery()
-    )
     rows = session.execute(
-        select(recent.c.id, recent.c.trained_tokens, recent.c.used_seconds, AdapterVersion)
-        .join(AdapterVersion, AdapterVersion.id == recent.c.version_id)
-        .where(recent.c.base_model == base_model)
-        .order_by(recent.c.id.desc())
-        .limit(_MEASURED_JOBS)
-    ).all()
-    found = []
-    for job_id, tokens, used_seconds, version in rows:
-        device = str(version.provenance.get("device", "")).split(":")[0]
-        speed = _mean_speed(session, job_id)
-        if device and speed:
-            found.append(TrainedJob(device, speed, tokens, used_seconds))
-    return found
-
-
-def _mean_speed(session: Session, job_id: str) -> float | None:
-    measured = (
-        select(JobMetric.tokens_per_second)
-        .where(JobMetric.job_id == job_id)
-        .order_by(JobMetric.attempt.desc(), JobMetric.step.desc())
-        .limit(_MEASUREMENTS)
-        .subquery()
+        select(AdapterVersion.base_digest, AdapterVersion.provenance)
+        .where(AdapterVersion.job_id.is_not(None))
+        .order_by(AdapterVersion.id.desc())
+        .limit(_HISTORY)
     )
-    return session.scalar(select(func.avg(measured.c.tokens_per_second)))
+    found = []
+    for base_digest, provenance in rows:
+        pace = provenance.get("pace")
+        trained_on = str(provenance.get("device", "")).split(":")[0]
+        if trained_on == device and pace and pace["training_seconds"] > 0:
+            found.append(TrainedJob(base_digest, trained_on, **pace))
+    return found

@@ -17,7 +17,19 @@ from core.webhooks.outbox import tell_of_job
 Event = tuple[str, dict[str, Any]]
 """Type and data of an event."""
 
-_MEASURED = ("epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+_MEASURED = (
+    "epoch",
+    "loss",
+    "eval_loss",
+    "accuracy",
+    "eval_accuracy",
+    "margin",
+    "eval_margin",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "memory_bytes",
+)
 
 
 def advance(

@@ -28,6 +28,7 @@ from sqlalchemy.orm import DeclarativeBase, Session
 from core.db.models import (
     AdapterVersion,
     Dataset,
+    Export,
     IdempotencyKey,
     Job,
     JobCheckpoint,
@@ -36,7 +37,7 @@ from core.db.models import (
     WebhookDelivery,
 )
 from core.db.types import database_epoch
-from core.job_status import TERMINAL
+from core.job_status import TERMINAL, UNFINISHED
 
 _DONE_DELIVERIES = ("delivered", "dead")
 
@@ -63,19 +64,24 @@ class HousekeepingRepository:
         self._session = session
 
     def referenced_blobs(self, names: Sequence[str]) -> set[str]:
-        """Return those of some hashes that a data set or a checkpoint has."""
+        """Return those of some hashes that a data set, a checkpoint or an export has."""
         return {
             name
-            for table in (Dataset, JobCheckpoint)
+            for table in (Dataset, JobCheckpoint, Export)
             for name in self._session.scalars(
                 select(table.sha256).where(table.sha256.in_(names)).distinct()
             )
+            if name is not None
         }
 
     def referenced_adapters(self, names: Sequence[str]) -> set[str]:
-        """Return those of some digests that a version has."""
-        query = select(AdapterVersion.digest).where(AdapterVersion.digest.in_(names)).distinct()
-        return set(self._session.scalars(query))
+        """Return those of some digests that a version has or an unfinished job goes on from."""
+        versions = select(AdapterVersion.digest).where(AdapterVersion.digest.in_(names)).distinct()
+        jobs = select(Job.continue_digest).where(
+            Job.continue_digest.in_(names), Job.status.in_(UNFINISHED)
+        )
+        continued = {digest for digest in self._session.scalars(jobs) if digest is not None}
+        return continued | set(self._session.scalars(versions))
 
     def list_done_with_checkpoints(
         self, ended_before: datetime, *, after: str, limit: int

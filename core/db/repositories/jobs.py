@@ -93,17 +93,23 @@ class JobRepository:
         ).one_or_none()
         return removed is not None
 
-    def versions(self, jobs: Collection[Job]) -> Mapping[str, tuple[str, int, str]]:
-        """Return version id → (adapter, version, digest) for what the jobs published."""
+    def versions(self, jobs: Collection[Job]) -> Mapping[str, tuple[str, int, str, str | None]]:
+        """Return version id → (adapter, version, digest, quarantine) of what jobs published."""
         ids = [job.version_id for job in jobs if job.version_id is not None]
         if not ids:
             return {}
         rows = self._session.execute(
-            select(AdapterVersion.id, Adapter.name, AdapterVersion.version, AdapterVersion.digest)
+            select(
+                AdapterVersion.id,
+                Adapter.name,
+                AdapterVersion.version,
+                AdapterVersion.digest,
+                AdapterVersion.quarantine,
+            )
             .join(Adapter, Adapter.id == AdapterVersion.adapter_id)
             .where(AdapterVersion.id.in_(ids))
         )
-        return {row[0]: (row[1], row[2], row[3]) for row in rows}
+        return {row[0]: (row[1], row[2], row[3], row[4]) for row in rows}
 
     def list(self, chosen: JobFilter, *, before: str | None, limit: int) -> Sequence[Job]:
         """Return jobs older than the id `before`, newest first."""
