@@ -17,8 +17,8 @@ from core.inference.budgets import Budgets
 from core.inference.engine import AdapterRef, Engine, Failed, GenerateRequest
 from core.inference.model_runner import ModelRunner
 from tests.support.adapters import make_adapter
-from tests.support.engine_contract import is_idle, wait_for
 from tests.support.engine_harness import LocalHarness
+from tests.support.engine_limits import is_idle, wait_for
 from tests.support.engine_world import World, collect, make_request
 
 # Of the tiny model: two layers, two key-value heads of 16, keys and values, float32.

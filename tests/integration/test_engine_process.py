@@ -14,7 +14,8 @@ import pytest
 
 from core.errors import Unavailable
 from core.inference.engine import Engine, Failed
-from tests.support.engine_contract import MAX_ADAPTERS, MAX_WAITING, EngineContract
+from tests.support.engine_contract import EngineContract
+from tests.support.engine_limits import MAX_ADAPTERS, MAX_WAITING
 from tests.support.engine_process import EngineProcess
 from tests.support.engine_world import World, collect, make_request
 

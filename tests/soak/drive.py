@@ -15,7 +15,7 @@ import psutil
 from core.errors import TunesmithError
 from core.inference.engine import AdapterRef, Delta, Done, Engine, Finished, Started
 from tests.soak.fingerprints import PROMPTS, TOKENS, Subject
-from tests.support.engine_contract import is_idle, wait_for
+from tests.support.engine_limits import is_idle, wait_for
 from tests.support.engine_world import make_request
 
 _PROJECTS = ("red", "green", "blue")

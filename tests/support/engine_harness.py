@@ -10,7 +10,7 @@ from core.inference.engine import BaseModelRef, Engine
 from core.inference.local_engine import LocalEngine
 from core.inference.model_runner import ModelRunner
 from core.inference.rows import RowModel
-from tests.support.engine_contract import MAX_ADAPTERS, MAX_WAITING
+from tests.support.engine_limits import MAX_ADAPTERS, MAX_WAITING
 from tests.support.engine_world import World
 
 T = TypeVar("T")
