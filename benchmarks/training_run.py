@@ -37,11 +37,12 @@ from core.data.rendering import TrainingRow, render_row
 from core.data.schema import to_example
 from core.data.tokenizer import load_tokenizer
 from core.specs import JobSpec
+from core.training.checkpoints import ResumableTrainer
 from core.training.device import set_threads
 from core.training.lora import attach_lora
 from core.training.memory_ladder import plan_batches
+from core.training.methods import build_trainer
 from core.training.sampling import order_batches
-from core.training.trainer import AdapterTrainer, build_trainer
 
 ROWS: Final = 96
 _HELD_OUT: Final = 24
@@ -94,7 +95,7 @@ def ours(
     rows: Sequence[TrainingRow],
     held_out: Sequence[TrainingRow],
     work_dir: Path,
-) -> AdapterTrainer:
+) -> ResumableTrainer:
     """Return our trainer, as the pipeline makes it."""
     model = load_causal_lm(model_dir, torch.float32)
     set_seed(0)

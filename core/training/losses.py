@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from core.data.rendering import IGNORED_LABEL, TrainingRow
+from core.training.batches import PaddedBatch
+from core.training.sampling import similar_batches
+from core.training.trainer import as_item
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,8 @@ def measure_losses(
         check_stop: Called before each pass; may raise to end early.
     """
     totals, counts = np.zeros(len(rows)), np.zeros(len(rows))
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
-    for start in range(0, len(rows), batch_rows):
+    for places in similar_batches([len(row.input_ids) for row in rows], batch_rows):
         check_stop()
-        places = by_length[start : start + batch_rows]
         batch = [rows[index] for index in places]
         totals[places] = _sum_batch(model, batch)
         counts[places] = [sum(label != IGNORED_LABEL for label in row.labels[1:]) for row in batch]
@@ -56,19 +57,11 @@ def measure_losses(
 
 
 def _sum_batch(model: Any, rows: Sequence[TrainingRow]) -> NDArray[np.float64]:
-    longest = max(len(row.input_ids) for row in rows)
-    input_ids = torch.zeros((len(rows), longest), dtype=torch.long)
-    labels = torch.full((len(rows), longest), IGNORED_LABEL)
-    attention_mask = torch.zeros_like(input_ids)
-    for index, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[index, :length] = torch.tensor(row.input_ids)
-        labels[index, :length] = torch.tensor(row.labels)
-        attention_mask[index, :length] = 1
-    targets = labels[:, 1:]
+    batch = PaddedBatch(pad_token_id=0)([as_item(row) for row in rows])
+    targets = batch["targets"]
     arguments = {
-        "input_ids": input_ids.to(model.device),
-        "attention_mask": attention_mask.to(model.device),
+        "input_ids": batch["input_ids"].to(model.device),
+        "attention_mask": batch["attention_mask"].to(model.device),
         "use_cache": False,
     }
     if "logits_to_keep" in inspect.signature(type(model.get_base_model()).forward).parameters:
@@ -77,7 +70,7 @@ def _sum_batch(model: Any, rows: Sequence[TrainingRow]) -> NDArray[np.float64]:
         targets = targets[:, trained]
         logits = model(**arguments, logits_to_keep=trained.to(model.device)).logits
     else:
-        logits = model(**arguments).logits[:, :-1]
+        logits = model(**arguments).logits
     # Row by row: the logits of a whole batch in float32 would take as much memory again.
     return np.array(
         [

@@ -9,7 +9,7 @@ computed only where some answer of the batch is; and an evaluation is the mean o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,19 +19,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import EarlyStoppingCallback, PrinterCallback
-from trl import DPOConfig, DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from transformers import PrinterCallback
+from trl import DPOTrainer
 
 from core.data.pairs import PreferencePair
 from core.data.rendering import IGNORED_LABEL
-from core.specs import DpoMethod, JobSpec
-from core.training.arguments import build_arguments
 from core.training.checkpoints import ResumableTrainer, Tally
 from core.training.fused_layers import fuse_layers
-from core.training.memory_ladder import BatchPlan
-from core.training.monitor import Monitor
-from core.training.sampling import EpochBatches, order_batches
+from core.training.sampling import similar_batches
 from core.training.token_loss import ignores_padding
 
 # Where TRL looks for a reference that is known already: of the chosen and the rejected answers.
@@ -219,10 +214,7 @@ class PreferenceTrainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
         was_training = self.model.training
         self.model.eval()
         size = self.args.per_device_eval_batch_size
-        tokens = items["tokens"]
-        by_length = sorted(range(len(items)) if places is None else places, key=tokens.__getitem__)
-        for start in range(0, len(by_length), size):
-            chosen = by_length[start : start + size]
+        for chosen in similar_batches(items["tokens"], size, places):
             with torch.no_grad():
                 inputs = self._prepare_inputs(self.data_collator([items[i] for i in chosen]))
                 answered = self._answer(self.model, inputs)
@@ -262,69 +254,14 @@ class PreferenceTrainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
         return dataset
 
 
-def build_trainer(
-    model: Any,
-    tokenizer: Any,
-    spec: JobSpec,
-    training: Sequence[PreferencePair],
-    validation: Sequence[PreferencePair],
-    *,
-    plan: BatchPlan,
-    work_dir: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    monitor: Monitor,
-    callbacks: list[Any],
-    started: float,
-) -> PreferenceTrainer:
-    """Return a trainer for a model with an adapter attached; see `core.training.trainer`."""
-    method = spec.method
-    assert isinstance(method, DpoMethod)
-    patience = spec.training.early_stopping_patience
-    if patience is not None and validation:
-        callbacks = [*callbacks, EarlyStoppingCallback(patience)]
-    return PreferenceTrainer(
-        monitor=monitor,
-        started=started,
-        dropout=spec.lora.dropout,
-        batches=EpochBatches([pair.longest for pair in training], order_batches(spec, plan)),
-        model=model,
-        args=build_arguments(
-            DPOConfig,
-            spec,
-            plan,
-            work_dir,
-            device,
-            dtype,
-            rows=len(training),
-            parameters=model.num_parameters(),
-            validate=bool(validation),
-            beta=method.beta,
-            loss_type=[method.loss_type],
-            label_smoothing=method.label_smoothing,
-            # Of routing nothing is learnt, as in the other methods.
-            router_aux_loss_coef=0.0,
-        ),
-        data_collator=DataCollatorForPreference(tokenizer.pad_token_id),
-        train_dataset=_as_items(training),
-        eval_dataset=_as_items(validation) if validation else None,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-
-
-def _as_items(pairs: Sequence[PreferencePair]) -> Dataset:
-    return Dataset.from_list(
-        [
-            {
-                "prompt_ids": pair.prompt_ids,
-                "chosen_ids": pair.chosen_ids,
-                "rejected_ids": pair.rejected_ids,
-                "tokens": pair.longest,
-            }
-            for pair in pairs
-        ]
-    )
+def as_item(pair: PreferencePair) -> dict[str, Any]:
+    """Return what the trainer's data set holds of a pair."""
+    return {
+        "prompt_ids": pair.prompt_ids,
+        "chosen_ids": pair.chosen_ids,
+        "rejected_ids": pair.rejected_ids,
+        "tokens": pair.longest,
+    }
 
 
 def _restore_dropout(model: Any, dropout: float) -> None:

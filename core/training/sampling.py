@@ -12,7 +12,7 @@ order of its epoch anew and skips what was done.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import Sampler
@@ -133,5 +133,19 @@ def order_batches(spec: JobSpec, plan: BatchPlan) -> BatchOrder:
     )
 
 
-def _by_length(rows: list[int], lengths: Sequence[int]) -> list[int]:
+def similar_batches(
+    lengths: Sequence[int], size: int, places: Iterable[int] | None = None
+) -> list[list[int]]:
+    """Return batches of places with rows of similar length, to measure rows in any order.
+
+    Args:
+        lengths: Tokens of each row.
+        size: Rows in a batch.
+        places: Those wanted; `None` is all.
+    """
+    rows = _by_length(range(len(lengths)) if places is None else places, lengths)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _by_length(rows: Iterable[int], lengths: Sequence[int]) -> list[int]:
     return sorted(rows, key=lengths.__getitem__)

@@ -9,23 +9,16 @@ batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import PrinterCallback
+from trl import SFTTrainer
 
 from core.data.rendering import TrainingRow
-from core.specs import JobSpec
-from core.training.arguments import build_arguments
-from core.training.batches import PaddedBatch
 from core.training.checkpoints import ResumableTrainer
 from core.training.fused_layers import fuse_layers
-from core.training.memory_ladder import BatchPlan
-from core.training.monitor import Monitor
-from core.training.sampling import EpochBatches, order_batches
+from core.training.sampling import similar_batches
 from core.training.token_loss import TokenLossFunction
 
 
@@ -77,16 +70,13 @@ class AdapterTrainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
         )
         return metrics
 
-    def mean_loss(self, rows: Sequence[dict[str, list[int]]]) -> float:
-        """Return the loss over all trained tokens of `rows`; stops early on request."""
-        return self._measure(rows)[0]
-
     def _measure(self, rows: Sequence[dict[str, list[int]]]) -> tuple[float, float]:
         was_training = self.model.training
         self.model.eval()
         total, correct, tokens = 0.0, 0, 0
         with torch.no_grad():
-            for places in self._evaluation_batches(rows):
+            lengths = [len(row["input_ids"]) for row in rows]
+            for places in similar_batches(lengths, self.args.per_device_eval_batch_size):
                 batch = self._prepare_inputs(self.data_collator([rows[i] for i in places]))
                 sums = self._sum_loss(self.model, batch)
                 total += sums.total.item()
@@ -97,12 +87,6 @@ class AdapterTrainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
                 )
         self.model.train(was_training)
         return total / tokens, correct / tokens
-
-    def _evaluation_batches(self, rows: Sequence[dict[str, list[int]]]) -> list[list[int]]:
-        lengths = [len(row["input_ids"]) for row in rows]
-        places = sorted(range(len(lengths)), key=lengths.__getitem__)
-        size = self.args.per_device_eval_batch_size
-        return [places[start : start + size] for start in range(0, len(places), size)]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         return sum(batch["trained_tokens"] for batch in batch_samples)
@@ -116,65 +100,6 @@ class AdapterTrainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
         self._correct.clear()
 
 
-def build_trainer(
-    model: Any,
-    tokenizer: Any,
-    spec: JobSpec,
-    training: Sequence[TrainingRow],
-    validation: Sequence[TrainingRow],
-    *,
-    plan: BatchPlan,
-    work_dir: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    monitor: Monitor,
-    callbacks: list[Any],
-    started: float,
-) -> AdapterTrainer:
-    """Return a trainer for a model with an adapter attached.
-
-    Args:
-        model: From `attach_lora`.
-        tokenizer: Its tokenizer.
-        spec: The job.
-        training: Rows to learn from.
-        validation: Rows to measure on; may be empty.
-        plan: How the rows of a step are divided.
-        work_dir: Where the trainer may write.
-        device: Where the model is.
-        dtype: Precision of the base weights.
-        monitor: Hears of checkpoints.
-        callbacks: Callbacks of transformers' Trainer.
-        started: Time of the monotonic clock from which the work on the job counts.
-    """
-    patience = spec.training.early_stopping_patience
-    if patience is not None and validation:
-        callbacks = [*callbacks, EarlyStoppingCallback(patience)]
-    return AdapterTrainer(
-        monitor=monitor,
-        started=started,
-        model=model,
-        args=build_arguments(
-            SFTConfig,
-            spec,
-            plan,
-            work_dir,
-            device,
-            dtype,
-            rows=len(training),
-            parameters=model.num_parameters(),
-            validate=bool(validation),
-            dataset_kwargs={"skip_prepare_dataset": True},
-            packing=False,
-        ),
-        batches=EpochBatches([len(row.input_ids) for row in training], order_batches(spec, plan)),
-        data_collator=PaddedBatch(tokenizer.pad_token_id),
-        train_dataset=_as_items(training),
-        eval_dataset=_as_items(validation) if validation else None,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-
-
-def _as_items(rows: Sequence[TrainingRow]) -> Dataset:
-    return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+def as_item(row: TrainingRow) -> dict[str, Any]:
+    """Return what the trainer's data set holds of a row."""
+    return {"input_ids": row.input_ids, "labels": row.labels}

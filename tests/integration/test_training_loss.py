@@ -25,12 +25,13 @@ from core.errors import TrainingFailed
 from core.specs import JobSpec, LoraSpec
 from core.training import token_loss
 from core.training.batches import PaddedBatch
+from core.training.checkpoints import ResumableTrainer
 from core.training.fused_layers import fuse_layers
 from core.training.lora import attach_lora, load_weights
 from core.training.memory_ladder import plan_batches
+from core.training.methods import build_trainer
 from core.training.saving import SavingCallback
 from core.training.token_loss import TokenLossFunction, head_loss
-from core.training.trainer import AdapterTrainer, build_trainer
 from tests.support.tiny_model import make_tiny_model
 from tests.support.training import ROWS, RecordingMonitor
 
@@ -83,7 +84,7 @@ def make_trainer(
     spec: JobSpec,
     work_dir: Path,
     monitor: RecordingMonitor | None = None,
-) -> AdapterTrainer:
+) -> ResumableTrainer:
     monitor = monitor or RecordingMonitor()
     model = load_causal_lm(model_path, torch.float32)
     set_seed(0)
