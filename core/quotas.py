@@ -73,6 +73,31 @@ def check_queue(session: Session, principal: Principal, settings: Settings) -> N
         )
 
 
+def check_unfinished(
+    used: int, limit: int, *, what: str, retry_after_seconds: int = _RETRY_AFTER_SECONDS
+) -> None:
+    """Refuse one more of what a project may have a fixed number of at a time.
+
+    Args:
+        used: How many have not ended.
+        limit: Of them.
+        what: Their name, in the plural; also that of the limit.
+        retry_after_seconds: When some will have ended.
+
+    Raises:
+        QuotaExceeded: Worth a retry.
+    """
+    if used >= limit:
+        raise QuotaExceeded(
+            f"the project has {used} {what} going on and may have {limit}",
+            limit=what,
+            value=limit,
+            used=used,
+            retry_after_seconds=retry_after_seconds,
+            hint="Retry when some have ended.",
+        )
+
+
 def check_storage(
     session: Session,
     principal: Principal,

@@ -7,6 +7,7 @@ from typing import Literal, cast
 
 from sqlalchemy.orm import Session
 
+from core import quotas
 from core.config import Settings
 from core.datasets import discard_blob
 from core.db.models import AdapterVersion, Export
@@ -14,7 +15,7 @@ from core.db.repositories.adapters import AdapterRepository
 from core.db.repositories.dialect import take_turn
 from core.db.repositories.exports import ExportRepository
 from core.db.session import Database
-from core.errors import Conflict, InvalidInput, QuotaExceeded
+from core.errors import Conflict, InvalidInput
 from core.ids import new_id
 from core.principal import Principal
 from core.reads import ExportRead, Page, decode_cursor, encode_cursor
@@ -25,7 +26,6 @@ ExportFormat = Literal["merged", "gguf"]
 ExportDtype = Literal["fp32", "fp16", "bf16", "q8_0"]
 
 _MOST_UNFINISHED = 20
-_RETRY_AFTER_SECONDS = 30
 
 
 def submit_export(
@@ -75,16 +75,7 @@ def submit_export(
     found = exports.find_same(row.id, format, dtype)
     if found is not None:
         return _to_read(name, row, found)
-    used = exports.count_unfinished()
-    if used >= _MOST_UNFINISHED:
-        raise QuotaExceeded(
-            f"the project has {used} exports going on and may have {_MOST_UNFINISHED}",
-            limit="exports",
-            value=_MOST_UNFINISHED,
-            used=used,
-            retry_after_seconds=_RETRY_AFTER_SECONDS,
-            hint="Retry when some have ended.",
-        )
+    quotas.check_unfinished(exports.count_unfinished(), _MOST_UNFINISHED, what="exports")
     export = Export(
         id=new_id("export"),
         project_id=principal.project_id,

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 from sqlalchemy.orm import Session
 
+from core import quotas
 from core.config import Settings
 from core.data.report import DryRunReport
 from core.db.models import Job
@@ -18,7 +19,6 @@ from core.db.repositories.base_models import BaseModelRepository
 from core.db.repositories.claims import ClaimRepository
 from core.db.repositories.dry_runs import DryRunRepository
 from core.db.session import Database
-from core.errors import QuotaExceeded
 from core.ids import new_id
 from core.jobs import requirements
 from core.jobs.continuation import find_first_weights
@@ -56,16 +56,12 @@ def start_dry_run(
     """
     with database.session(write=True) as session:
         dry_runs = DryRunRepository(session, principal)
-        used = dry_runs.count_unfinished()
-        if used >= _MOST_UNFINISHED:
-            raise QuotaExceeded(
-                f"the project has {used} validations going on and may have {_MOST_UNFINISHED}",
-                limit="validations",
-                value=_MOST_UNFINISHED,
-                used=used,
-                retry_after_seconds=_RETRY_AFTER_SECONDS,
-                hint="Retry when some have ended.",
-            )
+        quotas.check_unfinished(
+            dry_runs.count_unfinished(),
+            _MOST_UNFINISHED,
+            what="validations",
+            retry_after_seconds=_RETRY_AFTER_SECONDS,
+        )
         check_trackers(spec, settings)
         base = find_base_model(session, spec.base_model)
         needed = requirements.estimate(spec, base.description)
