@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
+from tests.support.judged_rows import judged_rows
 from tests.support.service import RunningService
 
-_ANSWERS = {
-    "quick": "fox fox fox fox fox fox",
-    "lazy": "dog dog dog dog dog dog",
-    "capital": "Paris Paris Paris Paris",
-    "assistant": "hello hello hello hello",
-}
 SPEC: dict[str, Any] = {
     "base_model": "tiny",
     "adapter": "judged",
@@ -23,35 +17,19 @@ SPEC: dict[str, Any] = {
 }
 
 
-def _rows(count: int, *, first: int = 0, shuffled: bool = False) -> list[dict[str, Any]]:
-    words = [list(_ANSWERS)[index % len(_ANSWERS)] for index in range(count)]
-    answers = [_ANSWERS[word] for word in words]
-    if shuffled:
-        # Of other questions, and none of them as the validation file has it.
-        random.Random(0).shuffle(answers)
-        answers = [f"1 2 3 {answer[::-1]}" for answer in answers]
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"{first + index}: {word}?"},
-                {"role": "assistant", "content": answer},
-            ]
-        }
-        for index, (word, answer) in enumerate(zip(words, answers, strict=True))
-    ]
-
-
 def test_only_a_version_that_is_better_becomes_the_latest(tiny_service: RunningService) -> None:
     client = tiny_service.client
-    spec = SPEC | {"data": {"validation_dataset": tiny_service.upload(_rows(16, first=100))}}
+    spec = SPEC | {"data": {"validation_dataset": tiny_service.upload(judged_rows(16, first=100))}}
 
-    good = tiny_service.submit({**spec, "dataset": tiny_service.upload(_rows(32))})
+    good = tiny_service.submit({**spec, "dataset": tiny_service.upload(judged_rows(32))})
     good = tiny_service.finish(good["id"])
     assert good["status"] == "succeeded", good
     assert good["version"]["quarantine"] is None
     assert client.get("/adapters/judged").json()["latest"] == 1
 
-    bad = tiny_service.submit({**spec, "dataset": tiny_service.upload(_rows(32, shuffled=True))})
+    bad = tiny_service.submit(
+        {**spec, "dataset": tiny_service.upload(judged_rows(32, shuffled=True))}
+    )
     bad = tiny_service.finish(bad["id"])
     assert bad["status"] == "succeeded", bad
     assert "not clearly below the base's" in bad["version"]["quarantine"]

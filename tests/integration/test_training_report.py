@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,9 @@ from core.training.evaluation import answer_samples
 from core.training.lora import attach_lora
 from core.training.pipeline import Pipeline
 from core.training.task import TrainTask
+from tests.support.judged_rows import judged_rows
 from tests.support.tiny_model import make_tiny_model
 from tests.support.training import RecordingMonitor, make_task
-
-# Which animal goes with which word can be learnt; a row's own answer is as easy to read as any.
-_ANSWERS = {
-    "quick": "fox fox fox fox fox fox",
-    "lazy": "dog dog dog dog dog dog",
-    "capital": "Paris Paris Paris Paris",
-    "assistant": "hello hello hello hello",
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +30,10 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def _rows(count: int, *, first: int, shuffled: bool = False) -> list[dict[str, Any]]:
-    words = [list(_ANSWERS)[index % len(_ANSWERS)] for index in range(count)]
-    answers = [_ANSWERS[word] for word in words]
-    if shuffled:
-        random.Random(0).shuffle(answers)
-        answers = [f"1 2 3 {answer[::-1]}" for answer in answers]
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"{first + index}: {word}?"},
-                {"role": "assistant", "content": answer},
-            ]
-        }
-        for index, (word, answer) in enumerate(zip(words, answers, strict=True))
-    ]
-
-
 def _task(tmp_path: Path, model_path: Path, rows: list[dict[str, Any]], **spec: Any) -> TrainTask:
     """Return a task with a validation file of sixteen right rows."""
     path = tmp_path / "validation.jsonl"
-    path.write_text("\n".join(map(json.dumps, _rows(16, first=100))))
+    path.write_text("\n".join(map(json.dumps, judged_rows(16, first=100))))
     members = {
         "promote": "if_better",
         "data": {"validation_dataset": "file-2"},
@@ -71,7 +46,7 @@ def _task(tmp_path: Path, model_path: Path, rows: list[dict[str, Any]], **spec: 
 
 
 def test_right_answers_are_promoted_with_the_evidence(tmp_path: Path, model_path: Path) -> None:
-    task = _task(tmp_path, model_path, _rows(32, first=0))
+    task = _task(tmp_path, model_path, judged_rows(32))
     report = Pipeline().run(task, RecordingMonitor())["report"]
     evaluation, forgetting = report["evaluation"], report["forgetting"]
     assert evaluation["rows"] == 16
@@ -91,7 +66,7 @@ def test_right_answers_are_promoted_with_the_evidence(tmp_path: Path, model_path
 
 
 def test_shuffled_answers_are_quarantined(tmp_path: Path, model_path: Path) -> None:
-    task = _task(tmp_path, model_path, _rows(32, first=0, shuffled=True))
+    task = _task(tmp_path, model_path, judged_rows(32, shuffled=True))
     report = Pipeline().run(task, RecordingMonitor())["report"]
     assert report["verdict"]["better"] is False
     decision = registry.decide("if_better", report)
@@ -105,7 +80,7 @@ def test_what_was_forgotten_can_refuse_the_promotion(tmp_path: Path, model_path:
         "training": {"max_steps": 60, "learning_rate": 5e-2, "batch_size": 4},
     }
     report = Pipeline().run(
-        _task(tmp_path, model_path, _rows(32, first=0), **spec), RecordingMonitor()
+        _task(tmp_path, model_path, judged_rows(32), **spec), RecordingMonitor()
     )["report"]
     assert report["evaluation"]["loss_change"]["high"] < 0
     assert report["forgetting"]["loss_change"] > 0.001
@@ -120,7 +95,7 @@ def test_too_little_evidence_is_refused_before_the_weights_are_read(
     task = make_task(
         tmp_path,
         model_path,
-        _rows(8, first=0),
+        judged_rows(8),
         promote="if_better",
         data={"validation_fraction": 0.25},
         evaluation={"max_forgetting": 1.0},
