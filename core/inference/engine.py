@@ -120,6 +120,9 @@ class GenerateRequest(_Value):
     messages: list[Message] | None = None
     tools: list[dict[str, JsonValue]] | None = None
     sampling: SamplingParams = SamplingParams()
+    stream: bool = Field(
+        True, description="Deliver text as it comes; otherwise each answer in one piece."
+    )
     deadline_seconds: float | None = Field(
         None, gt=0, description="Give up on the request after this time."
     )

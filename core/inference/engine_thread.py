@@ -1,8 +1,8 @@
 """The engine thread: it alone touches the model, the bank and the requests.
 
 One beat after the other it takes what came in, lets the scheduler say what goes on, computes, and
-hands out what came of it: all answers of a base model advance by one token in one step, whatever
-their adapters, and between two steps one prompt is read a piece further. Knows no torch and no
+hands out what came of it: in one pass all answers of a base model advance by one token, whatever
+their adapters, and prompts are read a piece further. Knows no torch and no
 asyncio: the runner computes, and each piece of work says where its events go.
 """
 
@@ -22,14 +22,14 @@ from core.errors import TunesmithError, Unavailable, from_wire, to_wire
 from core.inference.adapter_bank import AdapterBank, AdapterKey
 from core.inference.base_shelf import BaseShelf
 from core.inference.budgets import Budgets
+from core.inference.chunks import Chosen, Chunk, choose, compute, next_pass, prompt_tokens
 from core.inference.engine import EngineStatus
-from core.inference.generation import TokenChoice
 from core.inference.prefill_pace import PrefillPace
 from core.inference.prefix_store import PrefixStore
 from core.inference.preparation import Callbacks, Preparation, deliberate
 from core.inference.row_memory import check_alone, fits
 from core.inference.scheduler import Scheduler, engine_full
-from core.inference.work import Line, Work
+from core.inference.work import Work
 from core.logging import get_logger
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class EngineThread:
     Args:
         make_runner: Called in the thread; imports the model libraries.
         locate_adapter: Digest → directory of its files; may download, so other threads call it.
+        send: Hands on the outcomes that were delivered; called after every pass.
         max_adapters: Adapters in memory.
         max_waiting: Requests that may wait; further ones are refused.
         max_rows: Answers that may be computed at a time.
@@ -65,6 +66,7 @@ class EngineThread:
         self,
         make_runner: Callable[[], ModelRunner],
         locate_adapter: Callable[[str], Path],
+        send: Callable[[], None],
         *,
         max_adapters: int,
         max_waiting: int,
@@ -74,6 +76,7 @@ class EngineThread:
     ) -> None:
         self._make_runner = make_runner
         self._locate_adapter = locate_adapter
+        self._send = send
         self._max_adapters = max_adapters
         self._budgets = budgets
         self._on_crash = on_crash
@@ -240,6 +243,7 @@ class EngineThread:
     def _fail_everything(self) -> None:
         for work in self._scheduler.everything():
             work.fail(_stopped())
+        self._send()
         self._refuse_calls()
 
     def _refuse_calls(self) -> None:
@@ -252,12 +256,12 @@ class EngineThread:
                 future.set_exception(_stopped())
 
     def _beat(self) -> None:
-        """Take what came in, and give every answer a token and one prompt a piece."""
+        """Take what came in, and give every answer a token and some prompts a piece."""
         self._take_commands()
-        for lines in self._schedule():
-            self._postprocess(lines, self._compute(lines))
-        if self._scheduler.prefilling:
-            self._prefill(self._scheduler.prefilling.popleft())
+        for chunks in self._schedule():
+            self._postprocess(chunks, self._compute(chunks))
+            self._send()
+        self._send()
 
     def _take_commands(self) -> None:
         if self._scheduler.idle:
@@ -269,22 +273,20 @@ class EngineThread:
             try:
                 command = self._inbox.get_nowait()
             except queue.Empty:
-                return
+                break
             _run_command(*command)
+        self._send()
 
     def _seconds_to_sleep(self) -> float | None:
         times = [self._deadlines[0][0]] if self._deadlines else []
         times += [self._give_back_at] if self._give_back_at is not None else []
         return max(0.0, min(times) - time.monotonic()) if times else None
 
-    def _schedule(self) -> list[list[Line]]:
-        """Let requests go on, and return the answers of each step that is due."""
+    def _schedule(self) -> list[list[Chunk]]:
+        """Let requests go on, and return what each pass that is due computes."""
         if self._deadlines or self._give_back_at is not None:
             self._note_time(time.monotonic())
-        lines: dict[int, list[Line]] = {}
-        for work in self._scheduler.decoding:
-            lines.setdefault(id(work.base), []).extend(work.live_lines())
-        return list(lines.values())
+        return next_pass(self._scheduler, self._pace, self._prefixes, self._end)
 
     def _note_time(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -334,55 +336,38 @@ class EngineThread:
         self._scheduler.prepared(work)
         self._advance()
 
-    def _compute(self, lines: list[Line]) -> list[TokenChoice | TunesmithError]:
-        """Compute one step; return each answer's next token, or why there is none."""
-        base = lines[0].work.base
+    def _compute(self, chunks: Sequence[Chunk]) -> list[Chosen]:
+        """Compute one pass; return each answer's next token, or why there is none."""
         started = time.monotonic()
         try:
-            choices = base.decode_lines(lines)
+            logits = compute(chunks)
         except Exception as error:
-            if len(lines) == 1:
-                return [deliberate(error)]
+            if len(chunks) == 1:
+                return [(chunks[0].work, None, deliberate(error))]
             # One of them is to blame, perhaps for too much memory; the others shall not pay for it.
-            log.warning("step_failed", rows=len(lines), error=repr(error))
-            return [self._compute([line])[0] for line in lines]
-        self._pace.note_step(time.monotonic() - started)
-        return choices
+            log.warning("pass_failed", rows=len(chunks), error=repr(error))
+            return [choice for chunk in chunks for choice in self._compute([chunk])]
+        chosen = choose(chunks, logits, self._prefixes)
+        answers = sum(chunk.line is not None for chunk in chunks)
+        seconds = time.monotonic() - started
+        self._pace.note_pass(seconds, answers=answers, prompt_tokens=prompt_tokens(chunks))
+        return chosen
 
-    def _postprocess(
-        self, lines: list[Line], choices: Sequence[TokenChoice | TunesmithError]
-    ) -> None:
-        """Hand out the tokens of a step, and end what is complete or has failed."""
+    def _postprocess(self, chunks: Sequence[Chunk], chosen: Sequence[Chosen]) -> None:
+        """Hand out the tokens of a pass, and end what is complete or has failed."""
         failed: dict[Work, TunesmithError] = {}
-        for line, choice in zip(lines, choices, strict=True):
+        for work, line, choice in chosen:
             if isinstance(choice, TunesmithError):
-                failed[line.work] = choice
+                failed[work] = choice
             else:
                 self._completion_tokens += 1
-                if line.work not in failed:
-                    line.work.push(line, choice)
-        for work in {line.work: None for line in lines}:
-            if work in failed or work.finished:
+                if line is not None and work not in failed:
+                    work.push(line, choice)
+        for work, line in {chunk.work: chunk.line for chunk in chunks}.items():
+            if work in failed or (work.prefilled and work.finished):
                 self._end(work, failed.get(work))
-
-    def _prefill(self, work: Work) -> None:
-        """Read one prompt a piece further."""
-        others_wait = bool(self._scheduler.decoding)
-        started = time.monotonic()
-        try:
-            work.reuse(self._prefixes)
-            piece = min(self._pace.piece(others_wait=others_wait), work.prompt_left)
-            self._completion_tokens += work.prefill(piece, self._prefixes)
-        except Exception as error:
-            self._end(work, deliberate(error))
-            return
-        self._pace.note_piece(piece, time.monotonic() - started)
-        if not work.prefilled:
-            self._scheduler.prefilling.append(work)
-        elif work.finished:
-            self._end(work)
-        else:
-            self._scheduler.decoding.append(work)
+            elif line is None and work.prefilled:
+                self._scheduler.start_decoding(work)
 
     def _end(self, work: Work, error: TunesmithError | None = None) -> None:
         assert self._preparation is not None

@@ -42,11 +42,13 @@ class BaseFacts:
         digest: Digest of the base model's files.
         tokenizer_sha256: Hash of its `tokenizer.json`.
         linear_modules: Name → [out_features, in_features] of its adaptable modules.
+        vocabulary: Tokens that it knows.
     """
 
     digest: str
     tokenizer_sha256: str
     linear_modules: Mapping[str, list[int]]
+    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,13 @@ def read_adapter(directory: Path, digest: str, base: BaseFacts) -> AdapterWeight
     ):
         raise Conflict(
             "the adapter's manifest and its files say different things",
+            code="invalid_manifest",
+            hint=_REPUBLISH,
+        )
+    # The manifest is in no digest, and what computes these tokens takes them as they are.
+    if not all(0 <= token_id < base.vocabulary for token_id in manifest.golden_token_ids):
+        raise Conflict(
+            "the adapter's golden tokens are none of the base model's",
             code="invalid_manifest",
             hint=_REPUBLISH,
         )

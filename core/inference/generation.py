@@ -43,6 +43,7 @@ class Answer:
         end_ids: Tokens that end the answer; their text is not shown.
         sampling: Limits and stop strings.
         max_new_tokens: The limit in force.
+        stream: Return text as it comes; otherwise all of it at the end.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Answer:
         end_ids: Collection[int],
         sampling: SamplingParams,
         max_new_tokens: int,
+        stream: bool = True,
     ) -> None:
         self.index = index
         self.completion_tokens = 0
@@ -64,6 +66,9 @@ class Answer:
         self._token_text = token_text
         self._end_ids = end_ids
         self._max_new_tokens = max_new_tokens
+        self._stream = stream
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
 
     def push(self, choice: TokenChoice) -> list[EngineEvent]:
         """Take the next token; return the events it causes, `Finished` last if it ends the answer.
@@ -86,10 +91,11 @@ class Answer:
             if stopped:
                 self.finish_reason = "stop"
 
+        self._text.append(text)
+        self._logprobs += self._describe(choice)
         events: list[EngineEvent] = []
-        logprobs = self._describe(choice)
-        if text or logprobs:
-            events.append(Delta(index=self.index, text=text, logprobs=logprobs))
+        if self._stream or self.finish_reason is not None:
+            events += self._take_delta()
         if self.finish_reason is not None:
             events.append(
                 Finished(
@@ -99,6 +105,11 @@ class Answer:
                 )
             )
         return events
+
+    def _take_delta(self) -> list[EngineEvent]:
+        text, logprobs = "".join(self._text), self._logprobs
+        self._text, self._logprobs = [], []
+        return [Delta(index=self.index, text=text, logprobs=logprobs)] if text or logprobs else []
 
     def _describe(self, choice: TokenChoice) -> list[TokenLogprob]:
         if choice.logprob is None:

@@ -105,12 +105,20 @@ class LoadedBase:
         matcher = prompt.matchers[answer] if prompt.matchers else None
         return RowSampler(sampling, answer, prompt.ids, self.end_ids(sampling), matcher)
 
-    def decode_lines(self, lines: Sequence[Line]) -> list[TokenChoice | TunesmithError]:
-        """Compute one step of several answers and choose their next tokens.
+    def choose(
+        self, logits: Tensor, places: Sequence[int], lines: Sequence[Line]
+    ) -> list[TokenChoice | TunesmithError]:
+        """Choose the next tokens of several answers.
 
         An answer for which that fails has its error in the place of the token.
+
+        Args:
+            logits: Shape (chunks, vocabulary).
+            places: For each answer the row of its logits.
+            lines: The answers.
         """
-        logits = self.rows.decode([line.row for line in lines], [line.last_token for line in lines])
+        if list(places) != list(range(len(logits))):
+            logits = logits[list(places)]
         return choose_tokens(logits, [line.sampler for line in lines])
 
     def prepare(self, weights: AdapterWeights) -> PreparedAdapter:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -57,9 +57,11 @@ class LocalEngine:
         budgets: Budgets = Budgets(),
         on_crash: Callable[[], None] = lambda: None,
     ) -> None:
+        self._outbox = _Outbox()
         self._thread = EngineThread(
             make_runner,
             locate_adapter,
+            self._outbox.send,
             max_adapters=max_adapters,
             max_waiting=max_waiting,
             max_rows=max_rows,
@@ -83,7 +85,7 @@ class LocalEngine:
 
     async def generate(self, request: GenerateRequest) -> EventStream:
         """Start a request; see `Engine.generate`."""
-        stream = _Stream(self._thread)
+        stream = _Stream(self._thread, self._outbox)
         stream.work = Work(request.base_model, request.adapter, request, stream.deliver)
         await self._submit(stream)
         return stream
@@ -92,7 +94,7 @@ class LocalEngine:
         self, base_model: BaseModelRef, adapter: AdapterRef, *, keep: bool = False
     ) -> ResidentAdapter:
         """Make an adapter resident; see `Engine.load`."""
-        stream = _Stream(self._thread)
+        stream = _Stream(self._thread, self._outbox)
         stream.work = Work(base_model, adapter, None, stream.deliver, keep=keep)
         await self._submit(stream)
         assert isinstance(stream.first, ResidentAdapter)
@@ -148,12 +150,44 @@ class LocalEngine:
             )
 
 
+class _Outbox:
+    """Outcomes on their way out of the engine thread, one journey for all of a pass."""
+
+    def __init__(self) -> None:
+        self._outcomes: dict[_Stream, list[Outcome]] = {}
+
+    def put(self, stream: _Stream, outcome: Outcome) -> None:
+        """Take an outcome; called in the engine thread."""
+        self._outcomes.setdefault(stream, []).append(outcome)
+
+    def send(self) -> None:
+        """Hand everything to the event loops; called in the engine thread."""
+        outcomes, self._outcomes = self._outcomes, {}
+        by_loop: dict[asyncio.AbstractEventLoop, dict[_Stream, list[Outcome]]] = {}
+        for stream, own in outcomes.items():
+            by_loop.setdefault(stream.loop, {})[stream] = own
+        for loop, streams in by_loop.items():
+            try:
+                # Waking a loop costs more than handing it a few more outcomes.
+                loop.call_soon_threadsafe(_take_all, streams)
+            except RuntimeError:
+                # The loop is closed: nobody listens any more.
+                for stream in streams:
+                    stream.work.cancelled = True
+
+
+def _take_all(streams: dict[_Stream, list[Outcome]]) -> None:
+    for stream, outcomes in streams.items():
+        stream.take(outcomes)
+
+
 class _Stream:
     """The events of one request, from the engine thread to one event loop."""
 
-    def __init__(self, thread: EngineThread) -> None:
+    def __init__(self, thread: EngineThread, outbox: _Outbox) -> None:
         self._thread = thread
-        self._loop = asyncio.get_running_loop()
+        self._outbox = outbox
+        self.loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Outcome] = asyncio.Queue()
         self._ended = False
         self.work: Work
@@ -161,11 +195,12 @@ class _Stream:
 
     def deliver(self, outcome: Outcome) -> None:
         """Take an outcome; called in the engine thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, outcome)
-        except RuntimeError:
-            # The loop is closed: nobody listens any more.
-            self.work.cancelled = True
+        self._outbox.put(self, outcome)
+
+    def take(self, outcomes: Iterable[Outcome]) -> None:
+        """Have outcomes ready for whoever reads; called in the event loop."""
+        for outcome in outcomes:
+            self._queue.put_nowait(outcome)
 
     def cancel(self) -> None:
         """Have the engine forget the request, unless it has ended."""

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from core.artifacts import TOKENIZER_FILE, sha256_file, tree_digest
 from core.causal_lm import linear_modules, load_causal_lm, select_device
+from core.data.golden import golden_token_ids
 from core.data.rendering import end_token_ids
 from core.data.tokenizer import load_tokenizer
 from core.errors import Conflict, InvalidInput
@@ -32,6 +34,9 @@ from core.inference.rows import RowModel
 from core.logging import get_logger
 from core.memory_limits import usable_memory_bytes
 
+# What half-precision weights may change the distribution of the next token by, in nats; a usual
+# model is at a thirtieth of that.
+_MOST_DIVERGENCE = 1e-4
 # For architectures that state no limit of their own.
 _UNLIMITED_CONTEXT = 1_000_000
 
@@ -44,7 +49,8 @@ class ModelRunner:
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         threads: Torch threads; 0 leaves torch's choice, all cores.
-        precision: Of the base weights on the lean path; `auto` is the device's preferred one.
+        precision: Of the base weights on the lean path; `auto` is the device's preferred one. A
+            model that it would change too much is computed in float32.
 
     Attributes:
         bases: Loaded ones, by digest.
@@ -114,9 +120,10 @@ class ModelRunner:
             digest=digest,
             tokenizer_sha256=sha256_file(directory / TOKENIZER_FILE),
             linear_modules=linear_modules(model),
+            vocabulary=_vocabulary(model),
         )
         return LoadedBase(
-            self._rows(model, ref.name),
+            self._rows(model, ref.name, golden_token_ids(tokenizer)),
             tokenizer,
             facts,
             _eos_ids(model, tokenizer),
@@ -124,13 +131,20 @@ class ModelRunner:
             _vocabulary(model),
         )
 
-    def _rows(self, model: Any, name: str) -> RowModel:
+    def _rows(self, model: Any, name: str, token_ids: list[int]) -> RowModel:
         obstacle = why_not_lean(model)
         offered = offered_precisions(self.device)
         precision = offered[0] if self._precision == "auto" else self._precision
         if obstacle is None and precision in offered:
-            log.info("base_model_is_lean", model=name, precision=precision)
-            return LeanModel(model, precision)
+            exact = _log_probabilities(_compute(model, token_ids))
+            lean = LeanModel(model, precision)
+            near = _log_probabilities(lean.logits_of(None, token_ids))
+            divergence = float((exact.exp() * (exact - near)).sum(-1).mean())
+            if precision != "float32" and not divergence <= _MOST_DIVERGENCE:
+                log.warning("precision_is_too_low", model=name, precision=precision)
+                lean = LeanModel(model, "float32")
+            log.info("base_model_is_lean", model=name, precision=lean.precision)
+            return lean
         reason = obstacle or f"{self.device.type} does not compute in {precision}"
         log.info("base_model_is_generic", model=name, reason=reason)
         return PeftRows(model)
@@ -147,6 +161,17 @@ class ModelRunner:
     def remove_adapter(self, key: AdapterKey) -> None:
         """Take an adapter out of memory."""
         self.bases[key.base_digest].remove(key.digest)
+
+
+@torch.inference_mode()
+def _compute(model: Any, token_ids: list[int]) -> Tensor:
+    """Return the logits that transformers computes, (tokens, vocabulary)."""
+    logits: Tensor = model(input_ids=torch.tensor([token_ids], device=model.device)).logits[0]
+    return logits
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits.cpu().double(), dim=-1)
 
 
 def _memory_bytes(device: torch.device) -> int:

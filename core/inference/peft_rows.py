@@ -1,13 +1,16 @@
 """Rows of any model that transformers loads, computed one after the other with PEFT.
 
 The slow path beside the lean decoder: correct for every causal language model, and the only one
-that knows modules outside the Llama family.
+that knows modules outside the Llama family. A model whose state sums up what it has seen reads a
+prompt in one piece, since few of them go on rightly from the middle of one; a model that takes no
+cache computes the whole text for each token.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +20,9 @@ from torch import Tensor
 
 from core.inference.gates import AdapterWeights, LoraMatrices
 from core.inference.rows import Row
+
+# What models call the cache that they take.
+_CACHE_NAMES = ("past_key_values", "cache_params")
 
 
 class PeftRows:
@@ -36,11 +42,14 @@ class PeftRows:
         self._tuner: Any = None
         self._layers: list[Any] = []
         self._caches: dict[int, Any] = {}
-        config = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        self._token_bytes: int = 2 * 4 * config.num_hidden_layers * heads * width
+        # Rows that an earlier pass has computed before it failed at another one, and those others.
+        self._ahead: dict[Row, Tensor] = {}
+        self._broken: dict[Row, Exception] = {}
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_name = next((name for name in _CACHE_NAMES if name in parameters), None)
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._token_bytes = _token_bytes(model.config.get_text_config())
+        self._state_bytes = self._measure_state()
 
     @property
     def cache_bytes(self) -> int:
@@ -55,7 +64,7 @@ class PeftRows:
 
     def bytes_for(self, lengths: Sequence[int], adapters: Collection[str]) -> int:
         """Return what rows of these lengths take; an adapter's matrices are used where they are."""
-        return sum(lengths) * self._token_bytes
+        return sum(lengths) * self._token_bytes + len(lengths) * self._state_bytes
 
     def prepare(self, weights: AdapterWeights) -> AdapterWeights:
         """Return an adapter as it is; PEFT does everything when it is inserted."""
@@ -109,13 +118,19 @@ class PeftRows:
         """Return a row of which nothing is computed yet; see `RowModel`."""
         return Row(adapter, prompt_ids)
 
-    def prefill(self, row: Row, max_tokens: int) -> Tensor | None:
-        """Compute the next piece of a prompt; see `RowModel`."""
-        cache = self._cache_of(row)
-        piece = row.prompt_ids[row.length : row.length + max_tokens]
-        logits = self._forward(row.adapter, piece, cache=cache, logits_to_keep=1)
-        row.length += len(piece)
-        return logits[-1] if row.prefilled else None
+    @property
+    def reads_whole_prompts(self) -> bool:
+        """Whether rows keep more than keys and values, which pieces might get wrong."""
+        return bool(self._state_bytes)
+
+    def extend(self, rows: Sequence[Row], pieces: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to each row, one row after the other; see `RowModel`."""
+        pairs = list(zip(rows, pieces, strict=True))
+        logits = [self._compute_next(row, piece) for row, piece in pairs]
+        for row, piece in pairs:
+            del self._ahead[row]
+            row.length += len(piece)
+        return torch.stack(logits).float()
 
     def fork(self, row: Row) -> Row:
         """Return another row with the same text; see `RowModel`."""
@@ -123,22 +138,10 @@ class PeftRows:
         self._caches[id(twin)] = twin.cache
         return twin
 
-    def decode(self, rows: Sequence[Row], token_ids: Sequence[int]) -> Tensor:
-        """Append a token to each row; see `RowModel`."""
-        logits = []
-        for row, token_id in zip(rows, token_ids, strict=True):
-            if (surplus := row.cache.get_seq_length() - row.length) > 0:
-                # An earlier pass over these rows failed at one behind this one.
-                row.cache.crop(-surplus)
-            logits.append(
-                self._forward(row.adapter, [token_id], cache=row.cache, logits_to_keep=1)[-1]
-            )
-        for row in rows:
-            row.length += 1
-        return torch.stack(logits).float()
-
     def close_row(self, row: Row) -> None:
         """Forget a row; see `RowModel`."""
+        self._ahead.pop(row, None)
+        self._broken.pop(row, None)
         if row.cache is not None:
             row.cache = None
             del self._caches[id(row)]
@@ -147,6 +150,8 @@ class PeftRows:
         """Return a copy of a part of the cache; see `RowModel`."""
         from transformers.cache_utils import DynamicLayer
 
+        if self._cache_name is None:
+            return None
         layers = row.cache.layers
         # Others forget or sum up what they have seen.
         if any(type(layer) is not DynamicLayer for layer in layers):
@@ -171,27 +176,58 @@ class PeftRows:
             cache.update(keys.unsqueeze(0), values.unsqueeze(0), index)
         row.length = start + content.size(3)
 
+    def _compute_next(self, row: Row, piece: Sequence[int]) -> Tensor:
+        """Return the logits after a piece, computed once however often a pass is repeated."""
+        if row in self._broken:
+            # Nobody knows how many layers had taken the tokens into the cache.
+            raise self._broken[row]
+        if row not in self._ahead:
+            try:
+                cache = self._cache_of(row)
+                logits = self._forward(row.adapter, piece, cache=cache, logits_to_keep=1)
+            except Exception as error:
+                self._broken[row] = error
+                raise
+            self._ahead[row] = logits[-1]
+        return self._ahead[row]
+
     def _cache_of(self, row: Row) -> Any:
         if row.cache is None:
-            from transformers import DynamicCache
-
-            row.cache = DynamicCache(config=self.model.config)
+            row.cache = self._new_cache()
             self._caches[id(row)] = row.cache
         return row.cache
+
+    def _new_cache(self) -> Any:
+        """Return an empty cache; of a model that takes none, the text itself."""
+        from transformers import DynamicCache
+
+        return [] if self._cache_name is None else DynamicCache(config=self.model.config)
+
+    def _measure_state(self) -> int:
+        """Return what a row takes however long it is; 0 where the cache is keys and values only."""
+        if self._cache_name is None:
+            return 0
+        cache = self._new_cache()
+        self._forward(None, [0], cache=cache, logits_to_keep=1)
+        return sum(tensor.nbytes for tensor in _states(cache))
 
     @torch.inference_mode()
     def _forward(
         self, adapter: str | None, token_ids: Sequence[int], *, cache: Any, logits_to_keep: int
     ) -> Tensor:
         self._activate([] if adapter is None else [adapter])
-        output = self.model(
-            input_ids=torch.tensor([list(token_ids)], device=self._device),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=logits_to_keep,
-        )
+        text = isinstance(cache, list)
+        ids = [*cache, *token_ids] if text else list(token_ids)
+        options: dict[str, Any] = {"use_cache": cache is not None and not text}
+        if options["use_cache"]:
+            options[str(self._cache_name)] = cache
+        if self._keeps_logits:
+            options["logits_to_keep"] = logits_to_keep
+        output = self.model(input_ids=torch.tensor([ids], device=self._device), **options)
+        if text:
+            cache.extend(token_ids)
         logits: Tensor = output.logits[0]
-        return logits
+        return logits[-logits_to_keep:]
 
     def _activate(self, adapters: list[str]) -> None:
         """Make every layer use these adapters; layers without them compute with base weights."""
@@ -203,13 +239,34 @@ class PeftRows:
                 raise RuntimeError("an adapter layer did not accept the choice of the adapter")
 
 
+def _token_bytes(config: Any) -> int:
+    """Return what the keys and values of a token take at most; 0 without attention."""
+    queries = getattr(config, "num_attention_heads", None)
+    if not queries:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return int(2 * 4 * config.num_hidden_layers * heads * width)
+
+
 def _cache_bytes(cache: Any) -> int:
-    tensors = [
+    if isinstance(cache, list):
+        return 0
+    keys_and_values = [
         tensor
         for layer in cache.layers
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if tensor is not None
     ]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return sum(tensor.nbytes for tensor in (*keys_and_values, *_states(cache)))
+
+
+def _states(cache: Any) -> Iterator[Tensor]:
+    """Yield what layers keep of a text besides keys and values."""
+    for layer in cache.layers:
+        for name in ("conv_states", "recurrent_states"):
+            states = getattr(layer, name, None) or {}
+            yield from (state for state in states.values() if state is not None)
 
 
 @torch.no_grad()

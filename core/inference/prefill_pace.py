@@ -1,8 +1,8 @@
-"""How much of a prompt is read between two steps, so that running answers hardly notice."""
+"""How much of prompts is read beside a step, so that running answers hardly notice."""
 
 from __future__ import annotations
 
-# A piece may take as long as this many steps; the gap that others see is one step more.
+# A step may take as much longer for the prompts that are read beside it.
 _STEPS_PER_PIECE = 1.5
 _LEAST_TOKENS = 16
 _MOST_TOKENS = 512
@@ -17,8 +17,8 @@ class PrefillPace:
         self._step_seconds: float | None = None
         self._token_seconds: float | None = None
 
-    def piece(self, *, others_wait: bool) -> int:
-        """Return how many prompt tokens to compute at once.
+    def tokens(self, *, others_wait: bool) -> int:
+        """Return how many prompt tokens to compute in a pass.
 
         Args:
             others_wait: Whether answers are being generated meanwhile.
@@ -30,13 +30,22 @@ class PrefillPace:
         tokens = int(_STEPS_PER_PIECE * self._step_seconds / self._token_seconds)
         return min(max(tokens, _LEAST_TOKENS), _MOST_TOKENS)
 
-    def note_step(self, seconds: float) -> None:
-        """Learn how long a step took."""
-        self._step_seconds = _averaged(self._step_seconds, seconds)
+    def note_pass(self, seconds: float, *, answers: int, prompt_tokens: int) -> None:
+        """Learn from a pass.
 
-    def note_piece(self, tokens: int, seconds: float) -> None:
-        """Learn how long a piece of a prompt took."""
-        self._token_seconds = _averaged(self._token_seconds, seconds / tokens)
+        Args:
+            seconds: How long it took.
+            answers: Answers that got a token beside prompts.
+            prompt_tokens: Tokens of prompts in it.
+        """
+        if not prompt_tokens:
+            self._step_seconds = _averaged(self._step_seconds, seconds)
+            return
+        if answers:
+            if self._step_seconds is None:
+                return
+            seconds -= min(self._step_seconds, seconds / 2)
+        self._token_seconds = _averaged(self._token_seconds, seconds / prompt_tokens)
 
 
 def _averaged(known: float | None, new: float) -> float:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from core.errors import Conflict, TunesmithError
+from core.errors import Conflict, TunesmithError, Unavailable
 from core.inference.adapter_bank import AdapterBank, AdapterKey
 from core.inference.base_shelf import BaseShelf
 from core.inference.work import Work
 from core.logging import get_logger
+from core.memory_limits import is_out_of_memory
 
 if TYPE_CHECKING:
     from core.inference.loaded_base import LoadedBase, PreparedAdapter
@@ -269,6 +270,14 @@ def deliberate(error: Exception) -> TunesmithError:
     if isinstance(error, TunesmithError):
         return error
     log.error("request_failed", exc_info=error)
+    if is_out_of_memory(error):
+        return Unavailable(
+            "the engine has not enough memory for this request at present",
+            code="out_of_memory",
+            retry_after_seconds=2,
+            hint="Ask for fewer or shorter answers, or lower TUNESMITH_ENGINE_KV_BYTES, so that "
+            "such requests wait or are refused.",
+        )
     return TunesmithError(
         "the engine failed on this request", code="internal_error", hint="See the engine's log."
     )

@@ -57,6 +57,11 @@ class RowModel(Protocol):
         ...
 
     @property
+    def reads_whole_prompts(self) -> bool:
+        """Whether a prompt cannot be taken in piece by piece."""
+        ...
+
+    @property
     def cache_bytes(self) -> int:
         """What open rows take; 0 when there are none."""
         ...
@@ -95,24 +100,20 @@ class RowModel(Protocol):
         """Return a row of which nothing is computed yet."""
         ...
 
-    def prefill(self, row: Row, max_tokens: int) -> Tensor | None:
-        """Compute the next piece of a row's prompt.
+    def extend(self, rows: Sequence[Row], pieces: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to each row, in one pass; no row has changed when this raises.
+
+        Args:
+            rows: Each of them once.
+            pieces: At least one token for each; the next ones of its prompt, or of its answer.
 
         Returns:
-            The logits after its last token, shape (vocabulary,), once the prompt is complete.
+            The logits after each row's last token, float32, shape (rows, vocabulary).
         """
         ...
 
     def fork(self, row: Row) -> Row:
         """Return another row that continues the same text."""
-        ...
-
-    def decode(self, rows: Sequence[Row], token_ids: Sequence[int]) -> Tensor:
-        """Append one token to each row; nothing has changed when this raises.
-
-        Returns:
-            The logits after it, float32, shape (rows, vocabulary).
-        """
         ...
 
     def read_cache(self, row: Row, start: int, end: int) -> Tensor | None:

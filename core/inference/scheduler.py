@@ -134,6 +134,11 @@ class Scheduler:
             self.prefilling.append(work)
         return work
 
+    def start_decoding(self, work: Work) -> None:
+        """Note that a running request's prompt is complete."""
+        self.prefilling.remove(work)
+        self.decoding.append(work)
+
     def remove(self, work: Work) -> bool:
         """Forget a request, wherever it is; return whether it was there."""
         if work not in self._admitted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
@@ -141,7 +141,7 @@ class Work:
         self._loaded = time.monotonic()
 
     def start(self, base: LoadedBase, prompt: EncodedPrompt) -> None:
-        """Make ready for `prefill` and deliver `Started`."""
+        """Make ready for reading the prompt and deliver `Started`."""
         assert self.request is not None
         sampling = self.request.sampling
         digest = self.adapter.digest if self.adapter else None
@@ -160,6 +160,7 @@ class Work:
                     end_ids=base.end_ids(sampling),
                     sampling=sampling,
                     max_new_tokens=prompt.max_new_tokens,
+                    stream=self.request.stream,
                 ),
             )
             for index in range(sampling.n)
@@ -181,11 +182,6 @@ class Work:
                 precision=base.precision,
             )
         )
-
-    @property
-    def prompt_left(self) -> int:
-        """Prompt tokens that are not computed yet."""
-        return self._prompt_tokens - self._lines[0].row.length
 
     def reuse(self, prefixes: PrefixStore) -> None:
         """Take over what others have computed of the same prompt since the last piece."""
@@ -213,30 +209,44 @@ class Work:
                     )
             self._shared_blocks = index + 1
 
-    def prefill(self, max_tokens: int, prefixes: PrefixStore) -> int:
-        """Compute a piece of the prompt, and with its last piece every answer's first token.
+    @property
+    def prompt_row(self) -> Row:
+        """The row that the prompt is read in."""
+        return self._lines[0].row
+
+    def next_piece(self, max_tokens: int) -> Sequence[int]:
+        """Return the prompt's next tokens, all of them where the model cannot read in pieces."""
+        row = self.prompt_row
+        whole = self.base.rows.reads_whole_prompts
+        end = len(row.prompt_ids) if whole else row.length + max_tokens
+        return row.prompt_ids[row.length : end]
+
+    def blocks_within(self, tokens: int) -> list[bytes]:
+        """Return the keys of the blocks that the next so many tokens complete."""
+        length = self.prompt_row.length
+        return self._prefix_keys[length // BLOCK_TOKENS : (length + tokens) // BLOCK_TOKENS]
+
+    def awaits(self, coming: Collection[bytes]) -> bool:
+        """Tell whether the prompt's next block is among those that are being computed."""
+        index = self.prompt_row.length // BLOCK_TOKENS
+        return index < len(self._prefix_keys) and self._prefix_keys[index] in coming
+
+    def note_piece(self, prefixes: PrefixStore) -> list[Line]:
+        """Share what was read; return the answers that get their first token now, if any.
 
         Args:
-            max_tokens: Size of the piece.
             prefixes: Takes what is computed, for others.
-
-        Returns:
-            How many tokens were chosen; 0 while the prompt is not complete.
         """
         first, *others = self._lines
-        logits = self.base.rows.prefill(first.row, max_tokens)
         # Before any token: an answer may end with its first one, and its row with it.
         self._share(prefixes)
-        if logits is None:
-            return 0
+        if not first.row.prefilled:
+            return []
         for line in others:
             line.row = self.base.rows.fork(first.row)
         self.prefilled = True
         self._first_token = time.monotonic()
-        for line in self._lines:
-            line.push(line.sampler.choose(logits))
-        self._conclude()
-        return len(self._lines)
+        return self._lines
 
     def live_lines(self) -> list[Line]:
         """Return the answers that want another token."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from core.errors import Unavailable
 from core.inference.engine import AdapterRef, Engine, Failed
+from core.inference.lean.linear import Precision, offered_precisions
 from core.inference.lean.model import LeanModel
 from core.inference.local_engine import LocalEngine
 from core.inference.model_runner import ModelRunner
+from tests.support.adapters import base_ref
 from tests.support.engine_harness import LocalHarness
 from tests.support.engine_world import World, collect, make_request
 
@@ -34,7 +38,7 @@ def test_a_request_that_fails_half_way_says_so_and_fails_alone(world: World) -> 
         before = (await collect(engine, request)).text
         rows = harness.rows(world.base)
         assert isinstance(rows, LeanModel)
-        embedding = rows._decoder.embedding
+        embedding = rows._decoder.weights.embedding
         kept = embedding.clone()
         stream = await engine.generate(request)
         await anext(stream)
@@ -114,3 +118,26 @@ def test_an_engine_that_cannot_start_reports_it() -> None:
     engine.stop()
     assert crashed == [True]
     assert not engine.ready.is_set()
+
+
+@pytest.mark.parametrize("asked", offered_precisions(torch.device("cpu")))
+def test_weights_that_half_precision_would_spoil_are_kept_in_float32(
+    tmp_path: Path, asked: Precision
+) -> None:
+    """Up and down cancel out, but the one is above what 16 bits hold and the other below."""
+    world = World(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(world.base.path, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(1e7)
+            layer.mlp.down_proj.weight.mul_(1e-7)
+    path = tmp_path / "extreme"
+    shutil.copytree(world.base.path, path)
+    model.save_pretrained(path)
+    base = ModelRunner("cpu", threads=1, precision=asked).load_base(base_ref(path))
+    assert base.precision == "float32"
+    ids = list(range(3, 60))
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    assert (base.rows.logits_of(None, ids) - expected).abs().max() < 1e-3
+    assert ModelRunner("cpu", threads=1, precision=asked).load_base(world.base).precision == asked

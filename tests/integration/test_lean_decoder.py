@@ -26,6 +26,7 @@ from core.inference.lean.linear import offered_precisions
 from core.inference.lean.model import LeanModel
 from core.inference.lean.weights import why_not_lean
 from core.inference.rows import Row
+from tests.support.rows import read_prompt
 
 VOCABULARY = 97
 SIZES = {
@@ -40,6 +41,7 @@ SIZES = {
     "initializer_range": 0.2,
 }
 TOLERANCE = 1e-3
+PATHS = ["native", "scripted", "eager"]
 
 
 def llama(**more: Any) -> Any:
@@ -136,10 +138,7 @@ class Texts:
     def open(self, adapter: str | None, prompt: list[int], piece: int = 512) -> Row:
         row = self.lean.open_row(adapter, prompt)
         self.ids[row] = list(prompt)
-        logits = None
-        while logits is None:
-            logits = self.lean.prefill(row, piece)
-        self.check(row, logits)
+        self.check(row, read_prompt(self.lean, row, piece))
         return row
 
     def fork(self, row: Row) -> Row:
@@ -148,7 +147,7 @@ class Texts:
         return twin
 
     def step(self, rows: list[Row], token_ids: list[int]) -> None:
-        logits = self.lean.decode(rows, token_ids)
+        logits = self.lean.extend(rows, [[token_id] for token_id in token_ids])
         for row, token_id, own in zip(rows, token_ids, logits, strict=True):
             self.ids[row].append(token_id)
             self.check(row, own)
@@ -160,8 +159,8 @@ class Texts:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("compiled", [False, True])
-def test_rows_come_and_go_with_adapters_of_every_kind(family: str, compiled: bool) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_come_and_go_with_adapters_of_every_kind(family: str, path: Any) -> None:
     model = make_model(family)
     assert why_not_lean(model) is None
     adapters = [
@@ -171,7 +170,7 @@ def test_rows_come_and_go_with_adapters_of_every_kind(family: str, compiled: boo
         make_adapter(model, 3, 1, "layers.1"),
         make_adapter(model, 4, 16, "o_proj"),
     ]
-    texts = Texts(model, LeanModel(model, "float32", compiled=compiled), adapters)
+    texts = Texts(model, LeanModel(model, "float32", path=path), adapters)
     rng = random.Random(family)
     live: list[Row] = []
     for _ in range(25):
@@ -246,13 +245,11 @@ def test_what_one_row_has_computed_serves_another_of_the_same_text() -> None:
     blocks = [texts.lean.read_cache(first, start, start + 32) for start in (0, 32, 64)]
     row = texts.lean.open_row("digest-0", prompt)
     # A piece of its own, then two blocks of which the first overlaps it, then the rest.
-    assert texts.lean.prefill(row, 40) is None
+    texts.lean.extend([row], [prompt[:40]])
     texts.lean.write_cache(row, 32, blocks[1:])
     assert row.length == 96
-    logits = texts.lean.prefill(row, 512)
-    assert logits is not None
     texts.ids[row] = list(prompt)
-    texts.check(row, logits)
+    texts.check(row, read_prompt(texts.lean, row))
     texts.step([row, first], [5, 6])
 
 
@@ -268,8 +265,8 @@ def test_a_rows_logits_do_not_depend_on_its_neighbours(precision: Any) -> None:
         digests = ["digest-0", None, "digest-1", "digest-2", "digest-0"][: neighbours + 1]
         rows = [lean.open_row(digest, [9, 8, 7 + i]) for i, digest in enumerate(digests)]
         for row in rows:
-            lean.prefill(row, 512)
-        result = lean.decode(rows, [3] * len(rows))[0]
+            read_prompt(lean, row)
+        result = lean.extend(rows, [[3]] * len(rows))[0]
         for row in rows:
             lean.close_row(row)
         return result

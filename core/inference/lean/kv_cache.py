@@ -24,14 +24,23 @@ class KvCache:
         kv_heads: Key-value heads.
         head_dim: Width of a head.
         device: Where the tensors are.
+        dtype: Of keys and values.
 
     Attributes:
-        tensors: For each layer (slots, capacity, 2, kv_heads, head_dim), float32.
+        tensors: For each layer (slots, capacity, 2, kv_heads, head_dim).
         slots: Rows there is room for.
         capacity: Positions there are in each row.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._dtype = dtype
         self._layers = layers
         self._row_shape = (2, kv_heads, head_dim)
         self._device = device
@@ -47,7 +56,14 @@ class KvCache:
     def bytes_for(self, slots: int, capacity: int) -> int:
         """Return what a cache with room for so many rows of so many positions takes."""
         positions = _round_up(slots, _SLOTS_STEP) * _round_up(capacity, _CAPACITY_STEP)
-        return self._layers * positions * 2 * self._row_shape[1] * self._row_shape[2] * 4
+        return (
+            self._layers
+            * positions
+            * 2
+            * self._row_shape[1]
+            * self._row_shape[2]
+            * self._dtype.itemsize
+        )
 
     def holds(self, slots: int, capacity: int) -> bool:
         """Tell whether there is room for so many rows of so many positions."""
@@ -60,7 +76,9 @@ class KvCache:
         self.slots = self.capacity = 0
         for index in range(self._layers):
             # One layer at a time, so that old and new are never there in full together.
-            new = torch.zeros(slots, capacity, *self._row_shape, device=self._device)
+            new = torch.zeros(
+                slots, capacity, *self._row_shape, device=self._device, dtype=self._dtype
+            )
             if index < len(self.tensors):
                 old = self.tensors[index][:slots, :capacity]
                 new[: old.size(0), : old.size(1)] = old
@@ -83,7 +101,7 @@ class KvCache:
 
     def empty_twin(self) -> KvCache:
         """Return a cache for rows of the same model, without room."""
-        return KvCache(self._layers, self._row_shape[1], self._row_shape[2], self._device)
+        return KvCache(self._layers, *self._row_shape[1:], self._device, self._dtype)
 
     def clear(self) -> None:
         """Give all memory back."""

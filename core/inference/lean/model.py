@@ -1,56 +1,73 @@
 """Rows and adapters of one base model on the lean decoder.
 
-Owns which row has which slot of the cache and which adapters are resident. A step needs its rows in
-the first slots; rows whose prompt is still being read stand behind them.
+Owns which row has which slot of the cache and which adapters are resident; a decoder computes the
+passes, `native` where it can and `scripted` everywhere else.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from core.inference.gates import AdapterWeights
-from core.inference.lean.adapters import (
-    ActiveBank,
-    AdapterMatrices,
-    LayerNorms,
-    arrange,
-    bank_bytes,
-)
-from core.inference.lean.decoder import Batch, Decoder, Groups, LayerAdapters
+from core.inference.lean.adapters import AdapterMatrices, LayerNorms
 from core.inference.lean.kv_cache import KvCache
 from core.inference.lean.linear import Precision, linear_maker
+from core.inference.lean.native import Arena, NativeDecoder, PanelLinear, why_not_native
+from core.inference.lean.passes import PassDecoder, Piece
+from core.inference.lean.scripted import ScriptedDecoder
 from core.inference.lean.weights import build_decoder, shape_of
 from core.inference.rows import Row
 from core.logging import get_logger
 
-# The scores are computed for whole blocks of positions, so that few different sizes occur.
-_LENGTH_BLOCK = 32
+Path = Literal["auto", "native", "scripted", "eager"]
+
+_CHUNK_BYTES = 64 * 2**20
 
 log = get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class LeanAdapter:
+    """An adapter as the model keeps it.
+
+    Attributes:
+        own: What its decoder made of it.
+        applied: The modules that the decoder computes with it.
+    """
+
+    own: Any
+    applied: set[str]
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory."""
+        return int(self.own.bytes)
+
+
 class LeanModel:
-    """Computes rows of any mixture of adapters in one step; see `core.inference.rows.RowModel`.
+    """Computes rows of any mixture of adapters in one pass; see `core.inference.rows.RowModel`.
 
     Args:
         model: A model of transformers for which `why_not_lean` returns `None`, in float32 and on
             its device; it is not needed afterwards.
         precision: How the base weights are kept.
-        compiled: Take the interpreter out of the step where TorchScript can.
+        path: `auto` is the fastest decoder that can compute the model here, `eager` the slowest.
     """
 
-    def __init__(self, model: Any, precision: Precision, *, compiled: bool = True) -> None:
+    reads_whole_prompts = False
+
+    def __init__(self, model: Any, precision: Precision, *, path: Path = "auto") -> None:
         self.precision = precision
         self._device: torch.device = model.device
         self._shape = shape_of(model)
-        decoder = build_decoder(model, linear_maker(precision, self._device))
+        self._decoder = _make_decoder(model, precision, path)
         self._weight_bytes = _weight_bytes(model, precision)
-        self._decoder = _compile(decoder) if compiled else decoder
         layers = model.model.layers
         self._norms = [
             LayerNorms(
@@ -60,15 +77,15 @@ class LeanModel:
             for layer in layers
         ]
         self._widths = _widths(layers[0])
-        self._cache = KvCache(len(layers), self._shape.kv_heads, self._shape.head_dim, self._device)
+        self._cache = KvCache(
+            len(layers),
+            self._shape.kv_heads,
+            self._shape.head_dim,
+            self._device,
+            self._decoder.cache_type,
+        )
         self._slots: list[Row | None] = []
-        self._resident: dict[str, AdapterMatrices] = {}
-        self._bank = ActiveBank()
-        self._nothing = torch.zeros(0, dtype=torch.long, device=self._device)
-        no_matrix = torch.zeros(0, 0, 0, device=self._device)
-        self._no_adapters = [LayerAdapters(*(no_matrix for _ in LayerAdapters._fields))]
-        self._no_groups = Groups(0, True, self._nothing, self._nothing, self._nothing)
-        self._all_rows = Groups(1, True, self._nothing, self._nothing, self._nothing)
+        self._resident: dict[str, LeanAdapter] = {}
 
     @property
     def cache_bytes(self) -> int:
@@ -83,38 +100,43 @@ class LeanModel:
     def bytes_for(self, lengths: Sequence[int], adapters: Collection[str]) -> int:
         """Return what rows of these lengths take, and their adapters side by side."""
         cache = self._cache.bytes_for(len(lengths), max(lengths, default=0))
-        return cache + bank_bytes([self._resident[digest] for digest in adapters])
+        return cache + self._decoder.bytes_beside([self._resident[d].own for d in adapters])
 
-    def prepare(self, weights: AdapterWeights) -> AdapterMatrices:
+    def prepare(self, weights: AdapterWeights) -> LeanAdapter:
         """Return an adapter's matrices as the decoder wants them; safe from any thread."""
-        return AdapterMatrices(weights, self._norms, self._shape, self._widths, self._device)
+        matrices = AdapterMatrices(weights, self._norms, self._shape, self._widths, self._device)
+        return LeanAdapter(self._decoder.prepare(matrices), matrices.applied)
 
-    def insert(self, digest: str, prepared: AdapterMatrices) -> set[str]:
+    def insert(self, digest: str, prepared: LeanAdapter) -> set[str]:
         """Make an adapter resident; return the names of the modules that it changes."""
         self._resident[digest] = prepared
         return prepared.applied
 
     def remove(self, digest: str) -> None:
         """Forget an adapter; a no-op for one that is not there."""
-        self._resident.pop(digest, None)
-        self._bank.forget(digest)
-        if not self._resident:
-            self._bank.clear()
+        if self._resident.pop(digest, None) is not None:
+            self._decoder.forget(digest)
 
     def open_row(self, adapter: str | None, prompt_ids: list[int]) -> Row:
         """Return a row of which nothing is computed yet; see `RowModel`."""
         return Row(adapter, prompt_ids)
 
     @torch.inference_mode()
-    def prefill(self, row: Row, max_tokens: int) -> Tensor | None:
-        """Compute the next piece of a prompt; see `RowModel`."""
-        if row.cache is None:
-            self._take_slot(row)
-        piece = row.prompt_ids[row.length : row.length + max_tokens]
-        self._fit(row.length + len(piece))
-        logits = self._compute_piece(row, piece, self._cache, last_only=True)
-        row.length += len(piece)
-        return logits[0] if row.prefilled else None
+    def extend(self, rows: Sequence[Row], pieces: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to each row; see `RowModel`."""
+        for row in rows:
+            if row.cache is None:
+                self._take_slot(row)
+        self._fit(max(row.length + len(piece) for row, piece in zip(rows, pieces, strict=True)))
+        if self._decoder.rows_in_front:
+            pairs = zip(rows, pieces, strict=True)
+            self._bring_to_front([row for row, piece in pairs if len(piece) == 1])
+        logits = self._decoder.compute(
+            [self._piece(row, piece) for row, piece in zip(rows, pieces, strict=True)], self._cache
+        )
+        for row, piece in zip(rows, pieces, strict=True):
+            row.length += len(piece)
+        return logits
 
     @torch.inference_mode()
     def fork(self, row: Row) -> Row:
@@ -123,32 +145,6 @@ class LeanModel:
         self._take_slot(twin)
         self._cache.copy(row.cache, twin.cache, row.length)
         return twin
-
-    @torch.inference_mode()
-    def decode(self, rows: Sequence[Row], token_ids: Sequence[int]) -> Tensor:
-        """Append a token to each row; see `RowModel`."""
-        longest = max(row.length for row in rows) + 1
-        self._fit(longest)
-        self._bring_to_front(rows)
-        order = sorted(range(len(rows)), key=lambda index: int(rows[index].cache))
-        adapters, groups = arrange([rows[index].adapter for index in order])
-        positions = torch.tensor([rows[index].length for index in order], device=self._device)
-        slots = torch.arange(len(rows), device=self._device) * self._cache.capacity + positions
-        logits: Tensor = self._run(
-            torch.tensor([token_ids[index] for index in order], device=self._device),
-            Batch(
-                len(rows), 1, 0, _seen_length(longest, self._cache), positions, slots, self._nothing
-            ),
-            self._cache.tensors,
-            self._bank.select(adapters, self._resident) if adapters else self._no_adapters,
-            groups,
-        )
-        for row in rows:
-            row.length += 1
-        if order == list(range(len(rows))):
-            return logits
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return logits[torch.tensor(back, device=self._device)]
 
     def close_row(self, row: Row) -> None:
         """Forget a row; see `RowModel`."""
@@ -168,7 +164,7 @@ class LeanModel:
         apart = self._cache.empty_twin()
         apart.resize(1, len(token_ids))
         row = Row(adapter, list(token_ids), cache=0)
-        return self._compute_piece(row, row.prompt_ids, apart, last_only=False)
+        return self._decoder.compute([self._piece(row, token_ids)], apart, every_token=True)
 
     def read_cache(self, row: Row, start: int, end: int) -> Tensor:
         """Return a copy of a part of the cache; see `RowModel`."""
@@ -188,28 +184,9 @@ class LeanModel:
             tensor[row.cache, start:end] = part
         row.length = end
 
-    def _compute_piece(
-        self, row: Row, token_ids: list[int], cache: KvCache, *, last_only: bool
-    ) -> Tensor:
-        count = len(token_ids)
-        positions = torch.arange(row.length, row.length + count, device=self._device)
-        slots = positions + row.cache * cache.capacity
-        keep = torch.tensor([count - 1], device=self._device) if last_only else self._nothing
-        length = _seen_length(row.length + count, cache)
-        adapter = self._resident[row.adapter].layers if row.adapter else self._no_adapters
-        logits: Tensor = self._run(
-            torch.tensor(token_ids, device=self._device),
-            Batch(1, count, row.cache, length, positions, slots, keep),
-            cache.tensors,
-            adapter,
-            self._all_rows if row.adapter else self._no_groups,
-        )
-        return logits
-
-    def _run(self, *arguments: Any) -> Any:
-        # Of each thread: see `_compile`.
-        torch._C._set_graph_executor_optimize(False)
-        return self._decoder(*arguments)
+    def _piece(self, row: Row, token_ids: Sequence[int]) -> Piece:
+        adapter = self._resident[row.adapter].own if row.adapter else None
+        return Piece(row.cache, row.length, token_ids, row.adapter, adapter)
 
     def _fit(self, longest: int) -> None:
         """Have room for all rows there are, and for `longest` positions in each."""
@@ -255,10 +232,6 @@ class LeanModel:
             row.cache = slot
 
 
-def _seen_length(longest: int, cache: KvCache) -> int:
-    return min(-(-longest // _LENGTH_BLOCK) * _LENGTH_BLOCK, cache.capacity)
-
-
 def _weight_bytes(model: Any, precision: Precision) -> int:
     """Return what the decoder makes of a model; the embedding stays in float32."""
     embedding = model.get_input_embeddings().weight.numel()
@@ -276,15 +249,17 @@ def _widths(layer: Any) -> dict[str, tuple[int, int]]:
     }
 
 
-def _compile(decoder: Decoder) -> Any:
-    try:
-        with warnings.catch_warnings():
-            # torch announces a successor that takes a minute to compile this and is no faster.
-            warnings.simplefilter("ignore")
-            # Specialising the graph for every shape it meets would stop the first requests for
-            # seconds and makes no step quicker.
-            torch._C._set_graph_executor_optimize(False)
-            return torch.jit.script(decoder)
-    except Exception as error:
-        log.warning("decoder_not_compiled", error=str(error).splitlines()[0])
-        return decoder
+def _make_decoder(model: Any, precision: Precision, path: Path) -> PassDecoder:
+    device: torch.device = model.device
+    if path in ("auto", "native"):
+        reason = why_not_native(model, precision)
+        if reason is None:
+            half = precision == "fp16"
+            linear = partial(PanelLinear, half=half, arena=Arena(_CHUNK_BYTES))
+            decoder = build_decoder(model, linear)
+            return NativeDecoder(decoder, shape_of(model), precision, torch.get_num_threads())
+        log.info("decoder_is_not_native", reason=reason)
+        if path == "native":
+            raise ValueError(reason)
+    decoder = build_decoder(model, linear_maker(precision, device))
+    return ScriptedDecoder(decoder, device, compiled=path != "eager")

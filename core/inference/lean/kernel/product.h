@@ -1,0 +1,204 @@
+/* Products of activations with stored matrices.
+ *
+ * A matrix of shape (in, out) lies in panels of 16 outputs: (out / 16, in, 16), the last one filled
+ * up with zeros, as float16 or float32. Activations and sums are float32. Each result is one sum
+ * over the inputs in their order, by the same operations however many rows there are, so that a
+ * row's results do not depend on its neighbours, not even in the last bit.
+ */
+#ifndef TUNESMITH_PRODUCT_H
+#define TUNESMITH_PRODUCT_H
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { PANEL = 16, WIDEST = 3, TILE_ROWS = 6, FEW_ROWS = 24, MANY_PANELS = 4, NEAREST = 4096 };
+
+typedef struct {
+    const void *data; /* NULL: not there */
+    const float *bias; /* NULL: none */
+    int32_t in, out, half;
+    float factor; /* of all numbers in `data` */
+} Matrix;
+
+/* Rows of x times a matrix. */
+typedef struct {
+    const Matrix *matrix;
+    const float *x;
+    float *y;
+    const int32_t *rows; /* which ones; NULL: the first `count` */
+    int32_t count, x_stride, y_stride;
+    int32_t add; /* to what y holds */
+    const float *scale; /* of each row of x; NULL: 1 */
+} Product;
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE int row_of(const Product *p, int index) { return p->rows ? p->rows[index] : index; }
+
+INLINE int panels_of(const Matrix *m) { return (m->out + PANEL - 1) / PANEL; }
+
+INLINE __m256 load8(const void *data, size_t index, int half) {
+    return half ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)data + index)))
+                : _mm256_loadu_ps((const float *)data + index);
+}
+
+/* What a tile computes, and which weights it has fetched from memory in the meantime. */
+typedef struct {
+    const void *data;
+    size_t panel_size; /* numbers */
+    int inputs;
+    const float *const *x;
+    float (*sums)[WIDEST * PANEL];
+    const char *ahead;
+    size_t ahead_stride; /* bytes from panel to panel */
+    int ahead_each;      /* bytes for each input */
+} TileWork;
+
+/* The sums of some rows and neighbouring panels, which stay in registers throughout. */
+INLINE void add_up(const int rows, const int panels, const int half, const TileWork *t) {
+    __m256 sum[TILE_ROWS][2 * WIDEST];
+    const void *data = t->data;
+    const size_t panel_size = t->panel_size;
+    const char *ahead = t->ahead;
+    const float *x[TILE_ROWS];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        x[r] = t->x[r];
+#pragma GCC unroll 6
+        for (int j = 0; j < 2 * panels; j++)
+            sum[r][j] = _mm256_setzero_ps();
+    }
+    for (int k = 0, inputs = t->inputs; k < inputs; k++, ahead += t->ahead_each) {
+        __m256 w[2 * WIDEST];
+#pragma GCC unroll 3
+        for (int j = 0; j < panels; j++)
+            _mm_prefetch(ahead + j * t->ahead_stride, _MM_HINT_T1);
+#pragma GCC unroll 6
+        for (int j = 0; j < 2 * panels; j++)
+            w[j] = load8(data, (j / 2) * panel_size + (size_t)k * PANEL + 8 * (j % 2), half);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            __m256 value = _mm256_broadcast_ss(x[r] + k);
+#pragma GCC unroll 6
+            for (int j = 0; j < 2 * panels; j++)
+                sum[r][j] = _mm256_fmadd_ps(value, w[j], sum[r][j]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 6
+        for (int j = 0; j < 2 * panels; j++)
+            _mm256_storeu_ps(t->sums[r] + 8 * j, sum[r][j]);
+}
+
+/* One function for each shape that fits into the registers. */
+#define TILE(rows, panels, half)                                                                  \
+    static __attribute__((noinline)) void tile_##rows##_##panels##_##half(const TileWork *t) {    \
+        add_up(rows, panels, half, t);                                                            \
+    }
+#define TILES(half)                                                                               \
+    TILE(1, 1, half) TILE(2, 1, half) TILE(3, 1, half) TILE(4, 1, half) TILE(5, 1, half)          \
+    TILE(6, 1, half) TILE(1, 3, half) TILE(2, 2, half)
+TILES(0)
+TILES(1)
+typedef void (*Tile)(const TileWork *);
+#define NARROW(half)                                                                              \
+    { NULL, tile_1_1_##half, tile_2_1_##half, tile_3_1_##half, tile_4_1_##half, tile_5_1_##half,  \
+      tile_6_1_##half }
+static const Tile narrow_tiles[2][TILE_ROWS + 1] = {NARROW(0), NARROW(1)};
+static const Tile wide_tiles[2][TILE_ROWS + 1] = {{NULL, tile_1_3_0, tile_2_2_0},
+                                                  {NULL, tile_1_3_1, tile_2_2_1}};
+/* Panels that the wide tiles take at a time, by rows; more rows have registers for one. */
+static const int tile_panels[3] = {0, 3, 2};
+
+/* Hand out a row's sums: scaled, with the bias, and added to what is there if that is wanted. */
+INLINE void store(const Product *p, int index, int column, const float *sums, int width) {
+    int row = row_of(p, index);
+    float *y = p->y + (size_t)row * p->y_stride + column;
+    const float *bias = p->matrix->bias ? p->matrix->bias + column : NULL;
+    float scale = p->matrix->factor * (p->scale ? p->scale[row] : 1.0f);
+    int c = 0;
+    if (width > p->matrix->out - column)
+        width = p->matrix->out - column;
+    for (; c + 8 <= width; c += 8) {
+        __m256 value = _mm256_mul_ps(_mm256_load_ps(sums + c), _mm256_set1_ps(scale));
+        if (bias)
+            value = _mm256_add_ps(value, _mm256_loadu_ps(bias + c));
+        if (p->add)
+            value = _mm256_add_ps(value, _mm256_loadu_ps(y + c));
+        _mm256_storeu_ps(y + c, value);
+    }
+    for (; c < width; c++) {
+        float value = sums[c] * scale + (bias ? bias[c] : 0.0f);
+        y[c] = p->add ? y[c] + value : value;
+    }
+}
+
+/* Rows in blocks of about the same size, as a block of few rows leaves registers unused. */
+INLINE int block_rows(int rows) {
+    int blocks = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    return (rows + blocks - 1) / blocks;
+}
+
+/* Panels `first` to `last` of a product.
+ *
+ * Few rows wait for the weights, so the next panel is fetched while this one is computed, evenly
+ * over its passes. Many rows wait for activations, so a block of rows takes several panels.
+ */
+static void multiply(const Product *p, int first, int last) {
+    const Matrix *m = p->matrix;
+    const size_t panel_size = (size_t)m->in * PANEL, panel_bytes = panel_size * (m->half ? 2 : 4);
+    const int rows_each = block_rows(p->count);
+    const int passes = (p->count + rows_each - 1) / rows_each;
+    const int wide = p->count <= 2 ? tile_panels[p->count] : 1;
+    const int together = p->count > FEW_ROWS ? MANY_PANELS : wide;
+    float sums[TILE_ROWS][WIDEST * PANEL] __attribute__((aligned(32)));
+    const float *x[TILE_ROWS];
+    for (int group = first; group < last; group += together) {
+        int end = group + together < last ? group + together : last;
+        for (int begin = 0; begin < p->count; begin += rows_each) {
+            int rows = p->count - begin < rows_each ? p->count - begin : rows_each;
+            for (int i = 0; i < rows; i++)
+                x[i] = p->x + (size_t)row_of(p, begin + i) * p->x_stride;
+            int step = end - group == wide ? wide : 1;
+            for (int panel = group; panel < end; panel += step) {
+                const char *data = (const char *)m->data + panel_bytes * panel;
+                int ahead_each = (int)(panel_bytes / m->in) / passes;
+                TileWork work = {.data = data, .panel_size = panel_size, .inputs = m->in, .x = x,
+                                 .sums = sums, .ahead_stride = panel_bytes,
+                                 .ahead_each = ahead_each};
+                size_t distance = step * panel_bytes;
+                work.ahead = data + (distance > NEAREST ? distance : NEAREST) +
+                             (size_t)(begin / rows_each) * ahead_each * m->in;
+                (step > 1 ? wide_tiles : narrow_tiles)[m->half][rows](&work);
+                for (int i = 0; i < rows; i++)
+                    store(p, begin + i, panel * PANEL, sums[i], step * PANEL);
+            }
+        }
+    }
+}
+
+/* Products of one phase, in tasks of some panels each. */
+enum { MOST_PANELS = 48 };
+
+typedef struct {
+    Product product;
+    int panels_each, tasks;
+} Share;
+
+INLINE Share share(Product product, int members) {
+    int panels = panels_of(product.matrix);
+    int each = panels / (members * 6);
+    each = each < 3 ? 3 : each > MOST_PANELS ? MOST_PANELS : each / 6 * 6 > 0 ? each / 6 * 6 : 3;
+    return (Share){product, each, (panels + each - 1) / each};
+}
+
+INLINE void do_share(const Share *s, int task) {
+    int panels = panels_of(s->product.matrix);
+    int first = task * s->panels_each;
+    int last = first + s->panels_each < panels ? first + s->panels_each : panels;
+    multiply(&s->product, first, last);
+}
+
+#endif

@@ -1,0 +1,307 @@
+/* One pass of the lean decoder: tokens of any rows and adapters, from ids to logits.
+ *
+ * The same mathematics as `core/inference/lean/decoder.py`, which is the readable form of it: norm,
+ * queries-keys-values, rotation, attention, output; norm, gate and up, gated unit, down. The
+ * structures are mirrored in `core/inference/lean/native.py`.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention.h"
+#include "product.h"
+#include "threads.h"
+
+typedef struct {
+    Matrix qkv, o, gate_up, down;
+    const float *q_norm, *k_norm; /* (head_dim,); NULL: none */
+} Layer;
+
+typedef struct {
+    int32_t layers, width, heads, kv_heads, head_dim, intermediate;
+    int32_t half_cache;
+    float epsilon;
+    const float *embedding; /* (vocabulary, width) */
+    const Layer *layer;
+    Matrix head;
+} Model;
+
+/* A is (in, parts x rank); each part has a B of (rank, out) with the adapter's scale in it. */
+typedef struct {
+    Matrix a_qkv, b_q, b_k, b_v, a_o, b_o, a_gate_up, b_gate, b_up, a_down, b_down;
+} Lora;
+
+/* Tokens that use one adapter. */
+typedef struct {
+    const Lora *layers;
+    const int32_t *tokens;
+    int32_t count;
+} Group;
+
+typedef struct {
+    int32_t tokens, groups, kept, low_width;
+    const int32_t *ids;
+    const int64_t *slots, *positions;
+    const float *cosines, *sines; /* (tokens, head_dim / 2) */
+    const Group *group;
+    const int32_t *keep; /* tokens whose logits are wanted */
+    void *const *cache; /* of each layer */
+    int64_t capacity;
+    float *logits; /* (kept, vocabulary) */
+} Pass;
+
+typedef struct {
+    Model model;
+    Team *team;
+    float *space; /* of the largest pass so far */
+    size_t size;
+} Decoder;
+
+/* A pass as one member of the team sees it. */
+typedef struct {
+    const Model *model;
+    const Pass *pass;
+    Team *team;
+    int phase;
+    float *hidden, *qkv, *mixed, *gate_up, *low; /* shared, a row for each token */
+    float *norms, *scores;                       /* the member's own */
+} Work;
+
+enum { MOST_GROUPS = 64, MOST_PARTS = 3 };
+
+/* What a product reads and writes: a row for each token. */
+typedef struct {
+    const float *x;
+    int x_stride;
+    float *y;
+    int y_stride;
+} Operands;
+
+static Product product(const Matrix *matrix, Operands of, const float *scale, int add) {
+    return (Product){.matrix = matrix, .x = of.x, .y = of.y, .x_stride = of.x_stride,
+                     .y_stride = of.y_stride, .add = add, .scale = scale};
+}
+
+static Product of_group(Product product, const Group *group) {
+    product.rows = group->tokens;
+    product.count = group->count;
+    return product;
+}
+
+/* Do the tasks of some products, all members together. */
+static void do_products(Work *w, const Product *products, int count) {
+    int before = 0; /* tasks of the products that are done */
+    int task = next_task(w->team, w->phase);
+    for (int i = 0; i < count; i++) {
+        Share own = share(products[i], w->team->size);
+        for (; task < before + own.tasks; task = next_task(w->team, w->phase))
+            do_share(&own, task - before);
+        before += own.tasks;
+    }
+    meet(w->team, w->phase++);
+}
+
+/* y = x W, or y + x W, and for each adapter y + x A B; the parts of B lie side by side in y. */
+static void multiply_with_adapters(Work *w, const Matrix *base, Operands of, const float *scale,
+                                   int add, int layer, size_t a, size_t b, int parts) {
+    const Pass *pass = w->pass;
+    Product products[1 + MOST_GROUPS * MOST_PARTS];
+    Operands to_low = {of.x, of.x_stride, w->low, pass->low_width};
+    int count = 0;
+    products[count] = product(base, of, scale, add);
+    products[count++].count = pass->tokens;
+    for (int g = 0; g < pass->groups; g++) {
+        const Lora *lora = &pass->group[g].layers[layer];
+        const Matrix *down = (const Matrix *)((const char *)lora + a);
+        if (down->data)
+            products[count++] = of_group(product(down, to_low, scale, 0), &pass->group[g]);
+    }
+    int touched = count > 1;
+    do_products(w, products, count);
+    if (!touched)
+        return;
+    count = 0;
+    for (int g = 0; g < pass->groups; g++) {
+        const Lora *lora = &pass->group[g].layers[layer];
+        const Matrix *up = (const Matrix *)((const char *)lora + b);
+        if (!up->data)
+            continue;
+        for (int part = 0, column = 0; part < parts; column += up[part++].out) {
+            Operands from_low = {w->low + part * up->in, pass->low_width, of.y + column,
+                                 of.y_stride};
+            products[count++] = of_group(product(&up[part], from_low, NULL, 1), &pass->group[g]);
+        }
+    }
+    do_products(w, products, count);
+}
+
+static void compute_norms(Work *w) {
+    int width = w->model->width;
+    for (int t = 0; t < w->pass->tokens; t++)
+        w->norms[t] = inverse_norm(w->hidden + (size_t)t * width, width, w->model->epsilon);
+}
+
+static void compute_layer(Work *w, int index) {
+    const Model *m = w->model;
+    const Pass *pass = w->pass;
+    const Layer *layer = &m->layer[index];
+    const int mixed_width = m->heads * m->head_dim, half = m->head_dim / 2;
+    const int qkv_width = mixed_width + 2 * m->kv_heads * m->head_dim;
+    const Attention attention = {m->heads,      m->kv_heads,    m->head_dim,
+                                 m->half_cache, pass->capacity, m->epsilon};
+
+    compute_norms(w);
+    multiply_with_adapters(w, &layer->qkv, (Operands){w->hidden, m->width, w->qkv, qkv_width},
+                           w->norms, 0, index, offsetof(Lora, a_qkv), offsetof(Lora, b_q), 3);
+    for (int t; (t = next_task(w->team, w->phase)) < pass->tokens;)
+        remember(&attention, w->qkv + (size_t)t * qkv_width, pass->cache[index], pass->slots[t],
+                 pass->positions[t], pass->cosines + (size_t)t * half,
+                 pass->sines + (size_t)t * half, layer->q_norm, layer->k_norm);
+    meet(w->team, w->phase++);
+    for (int i; (i = next_task(w->team, w->phase)) < pass->tokens * m->kv_heads;) {
+        int t = i / m->kv_heads;
+        attend(&attention, w->qkv + (size_t)t * qkv_width, pass->cache[index], pass->slots[t],
+               i % m->kv_heads, (int)pass->positions[t] + 1, w->scores,
+               w->mixed + (size_t)t * mixed_width);
+    }
+    meet(w->team, w->phase++);
+    multiply_with_adapters(w, &layer->o, (Operands){w->mixed, mixed_width, w->hidden, m->width},
+                           NULL, 1, index, offsetof(Lora, a_o), offsetof(Lora, b_o), 1);
+
+    compute_norms(w);
+    multiply_with_adapters(
+        w, &layer->gate_up, (Operands){w->hidden, m->width, w->gate_up, 2 * m->intermediate},
+        w->norms, 0, index, offsetof(Lora, a_gate_up), offsetof(Lora, b_gate), 2);
+    for (int t; (t = next_task(w->team, w->phase)) < pass->tokens;)
+        gate(w->gate_up + (size_t)t * 2 * m->intermediate, m->intermediate);
+    meet(w->team, w->phase++);
+    multiply_with_adapters(
+        w, &layer->down, (Operands){w->gate_up, 2 * m->intermediate, w->hidden, m->width}, NULL, 1,
+        index, offsetof(Lora, a_down), offsetof(Lora, b_down), 1);
+}
+
+static void compute_logits(Work *w) {
+    const Model *m = w->model;
+    const Pass *pass = w->pass;
+    /* The kept tokens side by side, where the attention has left room. */
+    float *last = w->gate_up;
+    for (int i; (i = next_task(w->team, w->phase)) < pass->kept;) {
+        const float *hidden = w->hidden + (size_t)pass->keep[i] * m->width;
+        float norm = inverse_norm(hidden, m->width, m->epsilon);
+        for (int c = 0; c < m->width; c++)
+            last[(size_t)i * m->width + c] = hidden[c] * norm;
+    }
+    meet(w->team, w->phase++);
+    Operands of = {last, m->width, pass->logits, m->head.out};
+    Product head = product(&m->head, of, NULL, 0);
+    head.count = pass->kept;
+    do_products(w, &head, 1);
+}
+
+typedef struct {
+    Decoder *decoder;
+    const Pass *pass;
+    int score_width;
+} Task;
+
+static size_t member_floats(const Pass *pass, int score_width) {
+    return (size_t)pass->tokens + 8 + (size_t)score_width;
+}
+
+static void compute(Team *team, int member, void *given) {
+    const Task *task = given;
+    const Model *m = &task->decoder->model;
+    const Pass *pass = task->pass;
+    size_t tokens = (size_t)pass->tokens;
+    int mixed_width = m->heads * m->head_dim;
+    Work w = {.model = m, .pass = pass, .team = team};
+    float *next = task->decoder->space;
+    w.hidden = next, next += tokens * m->width;
+    w.qkv = next, next += tokens * (mixed_width + 2 * m->kv_heads * m->head_dim);
+    w.mixed = next, next += tokens * mixed_width;
+    w.gate_up = next, next += tokens * (2 * m->intermediate + m->width);
+    w.low = next, next += tokens * pass->low_width;
+    w.norms = next + member * member_floats(pass, task->score_width);
+    w.scores = w.norms + tokens;
+
+    for (int t; (t = next_task(team, w.phase)) < pass->tokens;)
+        memcpy(w.hidden + (size_t)t * m->width, m->embedding + (size_t)pass->ids[t] * m->width,
+               sizeof(float) * m->width);
+    meet(team, w.phase++);
+    for (int layer = 0; layer < m->layers; layer++)
+        compute_layer(&w, layer);
+    compute_logits(&w);
+}
+
+/* Whether this processor has what the code was compiled for. */
+int tunesmith_supported(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+
+void tunesmith_close(Decoder *decoder) {
+    if (!decoder)
+        return;
+    if (decoder->team)
+        end_team(decoder->team);
+    free(decoder->space);
+    free(decoder);
+}
+
+/* Return a decoder over matrices that the caller keeps in memory; NULL without memory. */
+Decoder *tunesmith_open(const Model *model, int threads) {
+    Decoder *decoder = calloc(1, sizeof *decoder);
+    if (!decoder)
+        return NULL;
+    decoder->model = *model;
+    decoder->team = make_team(threads > 1 ? threads : 1);
+    if (!decoder->team) {
+        tunesmith_close(decoder);
+        return NULL;
+    }
+    return decoder;
+}
+
+/* Compute a pass; return 0, or 1 when there is no memory for it and nothing has changed. */
+int tunesmith_step(Decoder *decoder, const Pass *pass) {
+    const Model *m = &decoder->model;
+    int64_t longest = 0;
+    for (int t = 0; t < pass->tokens; t++)
+        longest = pass->positions[t] >= longest ? pass->positions[t] + 1 : longest;
+    Task task = {decoder, pass, (int)((longest + 7) / 8 * 8)};
+    size_t widths = (size_t)m->width * 2 + (size_t)m->heads * m->head_dim * 2 +
+                    (size_t)m->kv_heads * m->head_dim * 2 + (size_t)m->intermediate * 2 +
+                    (size_t)pass->low_width;
+    size_t size = (size_t)pass->tokens * widths +
+                  (size_t)decoder->team->size * member_floats(pass, task.score_width);
+    if (size > decoder->size) {
+        free(decoder->space);
+        decoder->size = 0;
+        decoder->space = malloc(size * sizeof(float));
+        if (!decoder->space)
+            return 1;
+        decoder->size = size;
+    }
+    run_together(decoder->team, compute, &task);
+    return 0;
+}
+
+/* Copy a float32 matrix of any strides into panels, times a factor. */
+void tunesmith_pack(const float *source, int64_t inputs, int64_t outputs, int64_t input_stride,
+                    int64_t output_stride, float factor, int32_t half, void *target) {
+    size_t place = 0;
+    for (int64_t first = 0; first < outputs; first += PANEL)
+        for (int64_t k = 0; k < inputs; k++, place += PANEL) {
+            float values[PANEL] = {0};
+            for (int64_t c = first; c < outputs && c < first + PANEL; c++)
+                values[c - first] = source[k * input_stride + c * output_stride] * factor;
+            for (int i = 0; i < PANEL; i += 8) {
+                __m256 eight = _mm256_loadu_ps(values + i);
+                if (half)
+                    _mm_storeu_si128((__m128i *)((uint16_t *)target + place + i),
+                                     _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
+                else
+                    _mm256_storeu_ps((float *)target + place + i, eight);
+            }
+        }
+}

@@ -1,0 +1,74 @@
+"""What a model asks of a decoder: one pass over tokens of several rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from core.inference.lean.adapters import AdapterMatrices
+from core.inference.lean.decoder import Decoder
+from core.inference.lean.kv_cache import KvCache
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one row that follow each other.
+
+    Attributes:
+        slot: The row's slot in the cache.
+        start: Position of the first one.
+        token_ids: The tokens.
+        digest: The row's adapter; `None` is the base model.
+        adapter: That adapter as `PassDecoder.prepare` returned it.
+    """
+
+    slot: int
+    start: int
+    token_ids: Sequence[int]
+    digest: str | None = None
+    adapter: Any = None
+
+
+class PassDecoder(Protocol):
+    """Computes passes over one base model; used from one thread, but for `prepare`.
+
+    Attributes:
+        weights: The model.
+        cache_type: Of keys and values.
+        rows_in_front: Whether rows that get one token each must lie in the first slots.
+    """
+
+    weights: Decoder
+    cache_type: torch.dtype
+    rows_in_front: bool
+
+    def prepare(self, matrices: AdapterMatrices) -> Any:
+        """Return an adapter as passes want it, with its size as `bytes`; safe from any thread."""
+        ...
+
+    def bytes_beside(self, adapters: Sequence[Any]) -> int:
+        """Return what a pass with these adapters takes besides them."""
+        ...
+
+    def forget(self, digest: str) -> None:
+        """Note that an adapter is resident no longer."""
+        ...
+
+    def compute(
+        self, pieces: Sequence[Piece], cache: KvCache, *, every_token: bool = False
+    ) -> Tensor:
+        """Compute pieces of different rows and write them to the cache.
+
+        Args:
+            pieces: At most one for each row.
+            cache: Has room for them.
+            every_token: Return the logits of all tokens rather than of each piece's last one.
+
+        Returns:
+            Float32, shape (pieces or tokens, vocabulary).
+        """
+        ...
