@@ -9,6 +9,7 @@ the base's logits. Each refusal is a `Conflict` with a code of its own.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,16 +104,42 @@ def read_adapter(directory: Path, digest: str, base: BaseFacts) -> AdapterWeight
     try:
         manifest = read_manifest(directory)
         _check_identity(digest, manifest)
-        verify_files(directory, manifest)
+    except InvalidInput as error:
+        raise _unservable(error) from error
+    # Hashing takes as long as all else; whatever comes of that, files that changed are told first.
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(verify_files, directory, manifest)
+        try:
+            weights = _read_files(directory, manifest, base)
+        except Exception:
+            _await_verified(verified)
+            raise
+        _await_verified(verified)
+    return weights
+
+
+def _await_verified(verified: Future[None]) -> None:
+    try:
+        verified.result()
+    except InvalidInput as error:
+        raise _unservable(error) from error
+
+
+def _unservable(error: InvalidInput) -> Conflict:
+    # The caller's request was fine; it is the stored adapter that cannot serve it.
+    return Conflict(
+        error.message, code=error.code, hint=error.hint or _REPUBLISH, field=error.field
+    )
+
+
+def _read_files(directory: Path, manifest: Manifest, base: BaseFacts) -> AdapterWeights:
+    try:
         _check_origin(directory, manifest, base)
         config = check_adapter_config(directory / CONFIG_FILE)
         tensors = read_lora_tensors(directory / WEIGHTS_FILE)
         names = check_lora_tensors(tensors, rank=config["r"], linear_modules=base.linear_modules)
     except InvalidInput as error:
-        # The caller's request was fine; it is the stored adapter that cannot serve it.
-        raise Conflict(
-            error.message, code=error.code, hint=error.hint or _REPUBLISH, field=error.field
-        ) from error
+        raise _unservable(error) from error
     rslora = config.get("use_rslora", False)
     if (manifest.r, manifest.lora_alpha, manifest.use_rslora, manifest.target_modules) != (
         config["r"],
@@ -226,11 +253,14 @@ def _read_matrices(path: Path, names: list[str]) -> dict[str, LoraMatrices]:
         return stored.to(torch.float32, copy=True)
 
     matrices = {name: LoraMatrices(matrix(name, "A"), matrix(name, "B")) for name in names}
-    for name, pair in matrices.items():
-        if not (torch.isfinite(pair.a).all() and torch.isfinite(pair.b).all()):
-            raise Conflict(
-                f"the adapter's weights of {name} are not all numbers",
-                code="adapter_not_finite",
-                hint="The training diverged; train again with a lower learning rate.",
-            )
+    # What is not a number shows in the sum, which is quicker to see for all of them than each.
+    sums = torch.stack([part.sum() for pair in matrices.values() for part in (pair.a, pair.b)])
+    if not torch.isfinite(sums).all():
+        for name, pair in matrices.items():
+            if not (torch.isfinite(pair.a).all() and torch.isfinite(pair.b).all()):
+                raise Conflict(
+                    f"the adapter's weights of {name} are not all numbers",
+                    code="adapter_not_finite",
+                    hint="The training diverged; train again with a lower learning rate.",
+                )
     return matrices

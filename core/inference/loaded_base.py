@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from core.inference.work import Line
 
 # Enough positions to see an effect; more would only take time from running requests.
-_MAX_GOLDEN_TOKENS = 16
+_MAX_GOLDEN_TOKENS = 4
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from core.inference.lean.linear import Precision, offered_precisions
 from core.inference.lean.model import LeanModel
 from core.inference.lean.weights import why_not_lean
 from core.inference.loaded_base import LoadedBase, PreparedAdapter
-from core.inference.peft_rows import PeftRows
 from core.inference.rows import RowModel
 from core.logging import get_logger
 from core.memory_limits import usable_memory_bytes
@@ -147,6 +146,9 @@ class ModelRunner:
             return lean
         reason = obstacle or f"{self.device.type} does not compute in {precision}"
         log.info("base_model_is_generic", model=name, reason=reason)
+        # PEFT takes seconds to import, and an engine that was killed shall be back soon.
+        from core.inference.peft_rows import PeftRows
+
         return PeftRows(model)
 
     def read_adapter(self, base_digest: str, digest: str, directory: Path) -> PreparedAdapter:

@@ -20,7 +20,7 @@ from core.inference.lean.decoder import Groups, LayerAdapters, LayerShape
 from core.inference.lean.weights import rotary_order
 
 _MODULE = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.([a-z]+)_proj")
-_PARTS: dict[str, tuple[str, ...]] = {
+PARTS: dict[str, tuple[str, ...]] = {
     "qkv": ("q", "k", "v"),
     "o": ("o",),
     "gate_up": ("gate", "up"),
@@ -36,14 +36,66 @@ class LayerNorms:
     unit: Tensor
 
 
-class AdapterMatrices:
-    """One resident adapter: for each layer its matrices, as a bank of one.
+@dataclass(frozen=True)
+class LayerSizes:
+    """What adapters have to fit, and what is folded into them.
 
-    Args:
-        weights: The adapter.
-        norms: Of each layer.
+    Attributes:
         shape: Sizes of the layers.
         widths: Inputs and outputs of each product, by part: `q` → (in, out).
+        norms: Of each layer.
+    """
+
+    shape: LayerShape
+    widths: Mapping[str, tuple[int, int]]
+    norms: Sequence[LayerNorms]
+
+    def norm_before(self, product: str, layer: int) -> Tensor | None:
+        """Return the weights of the norm that is folded into a product's inputs, (in,)."""
+        norms = self.norms[layer]
+        return {"qkv": norms.attention, "gate_up": norms.unit}.get(product)
+
+    def order_of(self, part: str) -> Tensor | None:
+        """Return the order that a part's outputs are in; `None` is as in transformers."""
+        heads = {"q": self.shape.heads, "k": self.shape.kv_heads}.get(part)
+        return None if heads is None else rotary_order(heads, self.shape.head_dim)
+
+
+@dataclass(frozen=True)
+class PlacedAdapter:
+    """An adapter's matrices by layer and part.
+
+    Attributes:
+        rank: Its rank.
+        scale: What B is multiplied by.
+        layers: For each layer part → matrices; `q` is the query projection.
+        applied: The modules that have a place, by name.
+    """
+
+    rank: int
+    scale: float
+    layers: list[dict[str, LoraMatrices]]
+    applied: set[str]
+
+
+def place(weights: AdapterWeights, sizes: LayerSizes) -> PlacedAdapter:
+    """Find the place of each of an adapter's modules."""
+    scale = weights.lora_alpha / (weights.r**0.5 if weights.use_rslora else weights.r)
+    placed = PlacedAdapter(weights.r, scale, [{} for _ in sizes.norms], set())
+    for name, matrices in weights.modules.items():
+        match = _MODULE.fullmatch(name)
+        if match and int(match[1]) < len(sizes.norms) and match[3] in sizes.widths:
+            placed.layers[int(match[1])][match[3]] = matrices
+            placed.applied.add(name)
+    return placed
+
+
+class AdapterMatrices:
+    """One resident adapter for torch: for each layer its matrices, as a bank of one.
+
+    Args:
+        placed: The adapter.
+        sizes: Of the model.
         device: Where the matrices go.
 
     Attributes:
@@ -51,29 +103,13 @@ class AdapterMatrices:
         layers: One entry for each layer.
         bytes: What the matrices take.
         touched: For each field of `LayerAdapters` whether any layer has it.
-        applied: The modules that the decoder computes with this adapter.
     """
 
-    def __init__(
-        self,
-        weights: AdapterWeights,
-        norms: Sequence[LayerNorms],
-        shape: LayerShape,
-        widths: Mapping[str, tuple[int, int]],
-        device: torch.device,
-    ) -> None:
-        self.rank = weights.r
-        scale = weights.lora_alpha / (weights.r**0.5 if weights.use_rslora else weights.r)
-        by_layer: dict[int, dict[str, LoraMatrices]] = {}
-        self.applied: set[str] = set()
-        for name, matrices in weights.modules.items():
-            match = _MODULE.fullmatch(name)
-            if match and int(match[1]) < len(norms) and match[3] in widths:
-                by_layer.setdefault(int(match[1]), {})[match[3]] = matrices
-                self.applied.add(name)
+    def __init__(self, placed: PlacedAdapter, sizes: LayerSizes, device: torch.device) -> None:
+        self.rank = placed.rank
         self.layers = [
-            _layer(by_layer.get(index, {}), norm, shape, widths, weights.r, scale, device)
-            for index, norm in enumerate(norms)
+            _layer(matrices, index, placed, sizes, device)
+            for index, matrices in enumerate(placed.layers)
         ]
         self.bytes = sum(tensor.nbytes for layer in self.layers for tensor in layer)
         self.touched = tuple(
@@ -197,31 +233,24 @@ def arrange(digests: Sequence[str | None]) -> tuple[list[str], Groups]:
 
 def _layer(
     matrices: Mapping[str, LoraMatrices],
-    norms: LayerNorms,
-    shape: LayerShape,
-    widths: Mapping[str, tuple[int, int]],
-    rank: int,
-    scale: float,
+    index: int,
+    placed: PlacedAdapter,
+    sizes: LayerSizes,
     device: torch.device,
 ) -> LayerAdapters:
-    folded = {"qkv": norms.attention, "gate_up": norms.unit}
-    orders = {
-        "q": rotary_order(shape.heads, shape.head_dim),
-        "k": rotary_order(shape.kv_heads, shape.head_dim),
-    }
+    rank = placed.rank
     tensors: dict[str, Tensor] = {}
-    for product, parts in _PARTS.items():
+    for product, parts in PARTS.items():
         given = any(part in matrices for part in parts)
-        inputs = widths[parts[0]][0]
-        a = torch.zeros(1, inputs, rank * len(parts) if given else 0)
-        for index, part in enumerate(parts):
-            b = torch.zeros(1, rank if given else 0, widths[part][1])
+        a = torch.zeros(1, sizes.widths[parts[0]][0], rank * len(parts) if given else 0)
+        norm = sizes.norm_before(product, index)
+        for number, part in enumerate(parts):
+            b = torch.zeros(1, rank if given else 0, sizes.widths[part][1])
             if part in matrices:
-                pair = matrices[part]
-                own_a = pair.a * folded[product].cpu() if product in folded else pair.a
-                a[0, :, index * rank : (index + 1) * rank] = own_a.t()
-                own_b = pair.b[orders[part]] if part in orders else pair.b
-                b[0] = own_b.t() * scale
+                pair, order = matrices[part], sizes.order_of(part)
+                own_a = pair.a if norm is None else pair.a * norm.cpu()
+                a[0, :, number * rank : (number + 1) * rank] = own_a.t()
+                b[0] = (pair.b if order is None else pair.b[order]).t() * placed.scale
             tensors[f"b_{part}"] = b.to(device)
         tensors[f"a_{product}"] = a.to(device)
     return LayerAdapters(**tensors)
@@ -229,7 +258,7 @@ def _layer(
 
 def _empty(like: Tensor, field: str, slots: int, rank: int, used: bool) -> Tensor:
     if field.startswith("a_"):
-        parts = len(_PARTS[field.removeprefix("a_")])
+        parts = len(PARTS[field.removeprefix("a_")])
         return like.new_zeros(slots, like.size(1), parts * rank if used else 0)
     return like.new_zeros(slots, rank if used else 0, like.size(2))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.inference.gates import AdapterWeights
-from core.inference.lean.adapters import AdapterMatrices, LayerNorms
+from core.inference.lean.adapters import LayerNorms, LayerSizes, place
 from core.inference.lean.kv_cache import KvCache
 from core.inference.lean.linear import Precision, linear_maker
 from core.inference.lean.native import Arena, NativeDecoder, PanelLinear, why_not_native
@@ -65,22 +65,22 @@ class LeanModel:
     def __init__(self, model: Any, precision: Precision, *, path: Path = "auto") -> None:
         self.precision = precision
         self._device: torch.device = model.device
-        self._shape = shape_of(model)
+        shape = shape_of(model)
         self._decoder = _make_decoder(model, precision, path)
         self._weight_bytes = _weight_bytes(model, precision)
         layers = model.model.layers
-        self._norms = [
+        norms = [
             LayerNorms(
                 layer.input_layernorm.weight.detach().float().clone(),
                 layer.post_attention_layernorm.weight.detach().float().clone(),
             )
             for layer in layers
         ]
-        self._widths = _widths(layers[0])
+        self._sizes = LayerSizes(shape, _widths(layers[0]), norms)
         self._cache = KvCache(
             len(layers),
-            self._shape.kv_heads,
-            self._shape.head_dim,
+            shape.kv_heads,
+            shape.head_dim,
             self._device,
             self._decoder.cache_type,
         )
@@ -104,8 +104,8 @@ class LeanModel:
 
     def prepare(self, weights: AdapterWeights) -> LeanAdapter:
         """Return an adapter's matrices as the decoder wants them; safe from any thread."""
-        matrices = AdapterMatrices(weights, self._norms, self._shape, self._widths, self._device)
-        return LeanAdapter(self._decoder.prepare(matrices), matrices.applied)
+        placed = place(weights, self._sizes)
+        return LeanAdapter(self._decoder.prepare(placed, self._sizes), placed.applied)
 
     def insert(self, digest: str, prepared: LeanAdapter) -> set[str]:
         """Make an adapter resident; return the names of the modules that it changes."""

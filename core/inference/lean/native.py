@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.inference.lean.adapters import AdapterMatrices
+from core.inference.lean.adapters import PARTS, LayerSizes, PlacedAdapter
 from core.inference.lean.decoder import Decoder, LayerAdapters, LayerShape
 from core.inference.lean.kv_cache import KvCache
 from core.inference.lean.linear import Precision
@@ -46,6 +46,17 @@ class _Matrix(Structure):
         ("outputs", c_int32),
         ("half", c_int32),
         ("factor", c_float),
+    ]
+
+
+class _Source(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("stride", c_int64),
+        ("scale", c_void_p),
+        ("order", c_void_p),
+        ("factor", c_float),
+        ("outputs", c_int32),
     ]
 
 
@@ -101,14 +112,8 @@ def _library() -> ctypes.CDLL | None:
             library.tunesmith_step.argtypes = [c_void_p, c_void_p]
             library.tunesmith_close.argtypes = [c_void_p]
             library.tunesmith_close.restype = None
-            library.tunesmith_pack.argtypes = [
-                c_void_p,
-                *[c_int64] * 4,
-                c_float,
-                c_int32,
-                c_void_p,
-            ]
-            library.tunesmith_pack.restype = None
+            library.tunesmith_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p]
+            library.tunesmith_pack.restype = c_float
             return library
     return None
 
@@ -141,36 +146,37 @@ class Panels:
     """A matrix as the kernel reads it: panels of 16 outputs, the last one filled up with zeros.
 
     Args:
-        matrix: Shape (in, out), float32; any strides.
-        bias: Shape (out,).
+        sources: What its outputs come from, side by side; tensors behind them live until then.
+        inputs: Of the matrix.
+        bias: Shape (outputs,).
         half: Keep it in float16, divided by a power of two so that small values stay exact.
         arena: Where it goes.
 
     Attributes:
         bytes: What it takes.
+        struct: For the kernel.
     """
 
     def __init__(
-        self, matrix: Tensor, bias: Tensor | None = None, *, half: bool, arena: Arena
+        self,
+        sources: Sequence[_Source],
+        inputs: int,
+        *,
+        bias: Tensor | None = None,
+        half: bool,
+        arena: Arena,
     ) -> None:
-        inputs, outputs = matrix.shape
-        factor = 2.0 ** math.frexp(float(matrix.abs().max()))[1] if half else 1.0
+        outputs = sum(source.outputs for source in sources)
         kind = torch.float16 if half else torch.float32
         self._data = arena.take((-(-outputs // _PANEL), inputs, _PANEL), kind)
         self._bias = None if bias is None else bias.detach().float().contiguous()
+        address = self._data.data_ptr()
         library = _library()
         assert library is not None
-        matrix = matrix.detach()
-        library.tunesmith_pack(
-            matrix.data_ptr(),
-            *matrix.shape,
-            *matrix.stride(),
-            1 / factor,
-            int(half),
-            self._data.data_ptr(),
-        )
+        array = (_Source * len(sources))(*sources)
+        factor = library.tunesmith_pack(array, len(sources), inputs, int(half), address)
         self.struct = _Matrix(
-            data=self._data.data_ptr(),
+            data=address,
             bias=None if self._bias is None else self._bias.data_ptr(),
             inputs=inputs,
             outputs=outputs,
@@ -184,7 +190,8 @@ class NativeAdapter:
     """A resident adapter as the kernel reads it.
 
     Args:
-        matrices: The adapter's.
+        adapter: Its matrices, float32.
+        sizes: Of the model.
         half: Keep them in float16.
 
     Attributes:
@@ -192,25 +199,75 @@ class NativeAdapter:
         low_width: Numbers that a token has between A and B, at most.
     """
 
-    def __init__(self, matrices: AdapterMatrices, *, half: bool) -> None:
-        numbers = sum(tensor.numel() for layer in matrices.layers for tensor in layer)
-        arena = Arena(numbers * (2 if half else 4))
-        self._panels = [
-            [
-                Panels(tensor[0], half=half, arena=arena) if tensor.numel() else None
-                for tensor in layer
-            ]
-            for layer in matrices.layers
-        ]
-        self._structs = (_Lora * len(self._panels))(
-            *(
-                _Lora(*(_Matrix() if panels is None else panels.struct for panels in layer))
-                for layer in self._panels
-            )
-        )
+    def __init__(self, adapter: PlacedAdapter, sizes: LayerSizes, *, half: bool) -> None:
+        self._arena = Arena(_packed_bytes(adapter, sizes, half=half))
+        self._half = half
+        self._panels: list[Panels] = []
+        self._structs = (_Lora * len(adapter.layers))()
+        for index, matrices in enumerate(adapter.layers):
+            for product, parts in PARTS.items():
+                if any(part in matrices for part in parts):
+                    self._pack(index, product, adapter, sizes)
         self.address = ctypes.addressof(self._structs)
-        self.bytes = sum(panels.bytes for layer in self._panels for panels in layer if panels)
-        self.low_width = 3 * matrices.rank
+        self.bytes = sum(panels.bytes for panels in self._panels)
+        self.low_width = max(map(len, PARTS.values())) * adapter.rank
+
+    def _pack(self, layer: int, product: str, adapter: PlacedAdapter, sizes: LayerSizes) -> None:
+        matrices, rank = adapter.layers[layer], adapter.rank
+        norm = sizes.norm_before(product, layer)
+        own: list[_Source] = []
+        # What sources point at.
+        kept: list[Tensor | None] = [norm]
+        for part in PARTS[product]:
+            inputs, outputs = sizes.widths[part]
+            order = sizes.order_of(part)
+            if part in matrices:
+                a, b = matrices[part].a.contiguous(), matrices[part].b.contiguous()
+                kept += [a, b, order]
+                own.append(_source(a, scale=norm))
+                source = _source(b, order=order, factor=adapter.scale)
+            else:
+                own.append(_Source(outputs=rank))
+                source = _Source(outputs=outputs)
+            self._add(layer, f"b_{part}", [source], rank)
+        self._add(layer, f"a_{product}", own, inputs)
+        del kept
+
+    def _add(self, layer: int, name: str, sources: Sequence[_Source], inputs: int) -> None:
+        panels = Panels(sources, inputs, half=self._half, arena=self._arena)
+        self._panels.append(panels)
+        setattr(self._structs[layer], name, panels.struct)
+
+
+def _source(
+    matrix: Tensor,
+    *,
+    scale: Tensor | None = None,
+    order: Tensor | None = None,
+    factor: float = 1.0,
+) -> _Source:
+    """Return how to read a matrix (out, in): inputs scaled, outputs in another order."""
+    return _Source(
+        data=matrix.data_ptr(),
+        stride=matrix.stride(0),
+        scale=None if scale is None else scale.data_ptr(),
+        order=None if order is None else order.data_ptr(),
+        outputs=matrix.size(0),
+        factor=factor,
+    )
+
+
+def _packed_bytes(adapter: PlacedAdapter, sizes: LayerSizes, *, half: bool) -> int:
+    total = 0
+    for matrices in adapter.layers:
+        for parts in PARTS.values():
+            if any(part in matrices for part in parts):
+                inputs = sizes.widths[parts[0]][0]
+                panels = [(inputs, len(parts) * adapter.rank)]
+                panels += [(adapter.rank, sizes.widths[part][1]) for part in parts]
+                total += sum(-(-n // _PANEL) * _PANEL * k * (2 if half else 4) for k, n in panels)
+    # Each begins on a line of its own.
+    return total + _LINE * len(LayerAdapters._fields) * len(adapter.layers)
 
 
 class NativeDecoder:
@@ -260,9 +317,9 @@ class NativeDecoder:
             raise MemoryError("no memory for the decoder")
         self._close = weakref.finalize(self, library.tunesmith_close, self._handle)
 
-    def prepare(self, matrices: AdapterMatrices) -> NativeAdapter:
+    def prepare(self, adapter: PlacedAdapter, sizes: LayerSizes) -> NativeAdapter:
         """Return an adapter as the kernel reads it; safe from any thread."""
-        return NativeAdapter(matrices, half=self._half)
+        return NativeAdapter(adapter, sizes, half=self._half)
 
     def bytes_beside(self, adapters: Sequence[NativeAdapter]) -> int:
         """Return what a pass with these adapters takes besides them: nothing."""
@@ -350,7 +407,8 @@ class PanelLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, half: bool, arena: Arena) -> None:
         super().__init__()
-        self.panels = Panels(weight.float().t(), bias, half=half, arena=arena)
+        weight = weight.detach().float().contiguous()
+        self.panels = Panels([_source(weight)], weight.size(1), bias=bias, half=half, arena=arena)
 
 
 def _layer(layer: Any) -> _Layer:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from core.inference.lean.adapters import AdapterMatrices
+from core.inference.lean.adapters import LayerSizes, PlacedAdapter
 from core.inference.lean.decoder import Decoder
 from core.inference.lean.kv_cache import KvCache
 
@@ -46,7 +46,7 @@ class PassDecoder(Protocol):
     cache_type: torch.dtype
     rows_in_front: bool
 
-    def prepare(self, matrices: AdapterMatrices) -> Any:
+    def prepare(self, adapter: PlacedAdapter, sizes: LayerSizes) -> Any:
         """Return an adapter as passes want it, with its size as `bytes`; safe from any thread."""
         ...
 

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.inference.lean.adapters import ActiveBank, AdapterMatrices, arrange, bank_bytes
+from core.inference.lean.adapters import (
+    ActiveBank,
+    AdapterMatrices,
+    LayerSizes,
+    PlacedAdapter,
+    arrange,
+    bank_bytes,
+)
 from core.inference.lean.decoder import Batch, Decoder, Groups, LayerAdapters
 from core.inference.lean.kv_cache import KvCache
 from core.inference.lean.passes import Piece
@@ -47,9 +54,9 @@ class ScriptedDecoder:
         self._no_groups = Groups(0, True, self._nothing, self._nothing, self._nothing)
         self._all_rows = Groups(1, True, self._nothing, self._nothing, self._nothing)
 
-    def prepare(self, matrices: AdapterMatrices) -> AdapterMatrices:
-        """Return an adapter as it is; safe from any thread."""
-        return matrices
+    def prepare(self, adapter: PlacedAdapter, sizes: LayerSizes) -> AdapterMatrices:
+        """Return an adapter as the bank wants it; safe from any thread."""
+        return AdapterMatrices(adapter, sizes, self._device)
 
     def bytes_beside(self, adapters: Sequence[AdapterMatrices]) -> int:
         """Return what the bank takes with these adapters side by side."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def shape_of(model: Any) -> LayerShape:
     )
 
 
+@cache
 def rotary_order(heads: int, head_dim: int) -> Tensor:
     """Return the order of a projection's outputs in which rotary pairs lie side by side.
 

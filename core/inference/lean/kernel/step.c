@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "pack.h"
 #include "product.h"
 #include "threads.h"
 
@@ -284,24 +285,4 @@ int tunesmith_step(Decoder *decoder, const Pass *pass) {
     }
     run_together(decoder->team, compute, &task);
     return 0;
-}
-
-/* Copy a float32 matrix of any strides into panels, times a factor. */
-void tunesmith_pack(const float *source, int64_t inputs, int64_t outputs, int64_t input_stride,
-                    int64_t output_stride, float factor, int32_t half, void *target) {
-    size_t place = 0;
-    for (int64_t first = 0; first < outputs; first += PANEL)
-        for (int64_t k = 0; k < inputs; k++, place += PANEL) {
-            float values[PANEL] = {0};
-            for (int64_t c = first; c < outputs && c < first + PANEL; c++)
-                values[c - first] = source[k * input_stride + c * output_stride] * factor;
-            for (int i = 0; i < PANEL; i += 8) {
-                __m256 eight = _mm256_loadu_ps(values + i);
-                if (half)
-                    _mm_storeu_si128((__m128i *)((uint16_t *)target + place + i),
-                                     _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
-                else
-                    _mm256_storeu_ps((float *)target + place + i, eight);
-            }
-        }
 }
