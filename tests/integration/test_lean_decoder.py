@@ -190,6 +190,29 @@ def test_rows_come_and_go_with_adapters_of_every_kind(family: str, path: Any) ->
     assert texts.lean.cache_bytes == 0
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_prompts_are_read_beside_answers_that_grow(path: Any) -> None:
+    model = make_model("qwen3")
+    adapters = [make_adapter(model, 0, 4), make_adapter(model, 1, 9, "mlp")]
+    texts = Texts(model, LeanModel(model, "float32", path=path), adapters)
+    growing = [texts.open(digest, [1, 2, 3]) for digest in ("digest-0", None, "digest-1")]
+    for number, digest in enumerate(["digest-1", None, "digest-0"]):
+        prompt = [(5 * number + place) % VOCABULARY for place in range(40)]
+        row = texts.lean.open_row(digest, prompt)
+        texts.ids[row] = list(prompt)
+        while not row.prefilled:
+            rows = [*growing[:1], row, *growing[1:]]
+            pieces = [[7], prompt[row.length : row.length + 13], *[[7] for _ in growing[1:]]]
+            logits = texts.lean.extend(rows, pieces)
+            for one, own in zip(rows, logits, strict=True):
+                if one is not row:
+                    texts.ids[one].append(7)
+                if one is not row or row.prefilled:
+                    texts.check(one, own)
+        texts.lean.close_row(growing.pop(1))
+        growing.append(row)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8, 64, 256])
 def test_ranks_of_every_size_and_the_same_adapter_for_all(rank: int) -> None:
     model = make_model("llama")
@@ -275,6 +298,37 @@ def test_a_rows_logits_do_not_depend_on_its_neighbours(precision: Any) -> None:
     scale = alone.abs().max()
     for neighbours in (1, 2, 4):
         assert (logits(neighbours) - alone).abs().max() < 1e-4 * scale
+
+
+@pytest.mark.parametrize("precision", offered_precisions(torch.device("cpu")))
+def test_the_kernel_computes_a_row_to_the_same_bit_whatever_is_beside_it(precision: Any) -> None:
+    model = make_model("llama")
+    lean = LeanModel(model, precision, path="native")
+    for adapter in [make_adapter(model, number, 3 * number + 1) for number in range(4)]:
+        lean.insert(adapter.digest, lean.prepare(adapter))
+    prompt = [number % VOCABULARY for number in range(45)]
+
+    def logits(neighbours: int, piece: int) -> list[torch.Tensor]:
+        row = lean.open_row("digest-2", prompt)
+        others = [
+            lean.open_row(digest, [number, *range(4 * number)])
+            for number, digest in enumerate(["digest-2", None, "digest-0", "digest-3"] * 5)
+        ][:neighbours]
+        seen = []
+        while not row.prefilled:
+            # The others' prompts are read beside ours, and then their answers grow.
+            pieces = [row.prompt_ids[row.length : row.length + piece]]
+            pieces += [[3] if other.prefilled else other.prompt_ids for other in others]
+            seen = [lean.extend([row, *others], pieces)[0]]
+        seen.append(lean.extend([*others, row], [[5]] * (len(others) + 1))[-1])
+        for one in (row, *others):
+            lean.close_row(one)
+        return seen
+
+    alone = logits(0, 45)
+    for neighbours, piece in ((0, 7), (1, 45), (5, 16), (20, 9)):
+        for own, expected in zip(logits(neighbours, piece), alone, strict=True):
+            assert torch.equal(own, expected)
 
 
 def test_half_precision_weights_are_nearly_lossless() -> None:

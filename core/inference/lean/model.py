@@ -18,7 +18,8 @@ from core.inference.gates import AdapterWeights
 from core.inference.lean.adapters import LayerNorms, LayerSizes, place
 from core.inference.lean.kv_cache import KvCache
 from core.inference.lean.linear import Precision, linear_maker
-from core.inference.lean.native import Arena, NativeDecoder, PanelLinear, why_not_native
+from core.inference.lean.native import NativeDecoder, why_not_native
+from core.inference.lean.panels import Arena, PanelLinear
 from core.inference.lean.passes import PassDecoder, Piece
 from core.inference.lean.scripted import ScriptedDecoder
 from core.inference.lean.weights import build_decoder, shape_of

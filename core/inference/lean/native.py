@@ -2,67 +2,37 @@
 
 A pass takes tokens of any rows, each with its own adapter or none: next tokens of running answers
 and pieces of prompts alike. Weights, adapters and cache stay where they are; nothing is copied
-together, so ranks and numbers of rows may be mixed freely. The sources are in `kernel/`; setup
-compiles them where there is a C compiler, and `why_not_native` says why they cannot be used.
+together, so ranks and numbers of rows may be mixed freely.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import math
-import mmap
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from core.inference.lean.adapters import PARTS, LayerSizes, PlacedAdapter
-from core.inference.lean.decoder import Decoder, LayerAdapters, LayerShape
+from core.inference.lean.adapters import LayerSizes, PlacedAdapter
+from core.inference.lean.decoder import Decoder, LayerShape
 from core.inference.lean.kv_cache import KvCache
 from core.inference.lean.linear import Precision
+from core.inference.lean.panels import Matrix, NativeAdapter, load_kernel
 from core.inference.lean.passes import Piece
 from core.inference.lean.weights import shape_of
 
 # As in the C sources.
-_PANEL = 16
 _VECTOR = 8
-_LINE = 64
 _MAX_GROUPS = 64
-
-
-class _Matrix(Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("bias", c_void_p),
-        ("inputs", c_int32),
-        ("outputs", c_int32),
-        ("half", c_int32),
-        ("factor", c_float),
-    ]
-
-
-class _Source(Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("stride", c_int64),
-        ("scale", c_void_p),
-        ("order", c_void_p),
-        ("factor", c_float),
-        ("outputs", c_int32),
-    ]
 
 
 class _Layer(Structure):
     _fields_ = [
-        *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
     ]
@@ -78,12 +48,8 @@ class _Model(Structure):
         ("epsilon", c_float),
         ("embedding", c_void_p),
         ("layer", c_void_p),
-        ("head", _Matrix),
+        ("head", Matrix),
     ]
-
-
-class _Lora(Structure):
-    _fields_ = [(name, _Matrix) for name in LayerAdapters._fields]
 
 
 class _Group(Structure):
@@ -98,176 +64,6 @@ class _Pass(Structure):
         ("capacity", c_int64),
         ("logits", c_void_p),
     ]
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """Return the compiled sources; `None` where setup has not compiled them."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_kernel{suffix}")
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            library.tunesmith_open.restype = c_void_p
-            library.tunesmith_open.argtypes = [c_void_p, c_int32]
-            library.tunesmith_step.argtypes = [c_void_p, c_void_p]
-            library.tunesmith_close.argtypes = [c_void_p]
-            library.tunesmith_close.restype = None
-            library.tunesmith_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p]
-            library.tunesmith_pack.restype = c_float
-            return library
-    return None
-
-
-class Arena:
-    """Memory for matrices that are read from end to end, in pages as large as the system gives.
-
-    Args:
-        chunk_bytes: What is taken from the system at a time, unless a matrix needs more.
-    """
-
-    def __init__(self, chunk_bytes: int) -> None:
-        self._chunk_bytes = chunk_bytes
-        self._free = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, shape: Sequence[int], kind: torch.dtype) -> Tensor:
-        """Return memory for a tensor; it is given back when all tensors of its chunk are gone."""
-        size = math.prod(shape) * kind.itemsize
-        if size > self._free.numel():
-            chunk = mmap.mmap(-1, max(size, self._chunk_bytes))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):
-                    chunk.madvise(mmap.MADV_HUGEPAGE)
-            self._free = torch.frombuffer(chunk, dtype=torch.uint8)
-        taken, self._free = self._free[:size], self._free[-(-size // _LINE) * _LINE :]
-        return taken.view(kind).view(*shape)
-
-
-class Panels:
-    """A matrix as the kernel reads it: panels of 16 outputs, the last one filled up with zeros.
-
-    Args:
-        sources: What its outputs come from, side by side; tensors behind them live until then.
-        inputs: Of the matrix.
-        bias: Shape (outputs,).
-        half: Keep it in float16, divided by a power of two so that small values stay exact.
-        arena: Where it goes.
-
-    Attributes:
-        bytes: What it takes.
-        struct: For the kernel.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[_Source],
-        inputs: int,
-        *,
-        bias: Tensor | None = None,
-        half: bool,
-        arena: Arena,
-    ) -> None:
-        outputs = sum(source.outputs for source in sources)
-        kind = torch.float16 if half else torch.float32
-        self._data = arena.take((-(-outputs // _PANEL), inputs, _PANEL), kind)
-        self._bias = None if bias is None else bias.detach().float().contiguous()
-        address = self._data.data_ptr()
-        library = _library()
-        assert library is not None
-        array = (_Source * len(sources))(*sources)
-        factor = library.tunesmith_pack(array, len(sources), inputs, int(half), address)
-        self.struct = _Matrix(
-            data=address,
-            bias=None if self._bias is None else self._bias.data_ptr(),
-            inputs=inputs,
-            outputs=outputs,
-            half=half,
-            factor=factor,
-        )
-        self.bytes = self._data.nbytes
-
-
-class NativeAdapter:
-    """A resident adapter as the kernel reads it.
-
-    Args:
-        adapter: Its matrices, float32.
-        sizes: Of the model.
-        half: Keep them in float16.
-
-    Attributes:
-        bytes: What the matrices take.
-        low_width: Numbers that a token has between A and B, at most.
-    """
-
-    def __init__(self, adapter: PlacedAdapter, sizes: LayerSizes, *, half: bool) -> None:
-        self._arena = Arena(_packed_bytes(adapter, sizes, half=half))
-        self._half = half
-        self._panels: list[Panels] = []
-        self._structs = (_Lora * len(adapter.layers))()
-        for index, matrices in enumerate(adapter.layers):
-            for product, parts in PARTS.items():
-                if any(part in matrices for part in parts):
-                    self._pack(index, product, adapter, sizes)
-        self.address = ctypes.addressof(self._structs)
-        self.bytes = sum(panels.bytes for panels in self._panels)
-        self.low_width = max(map(len, PARTS.values())) * adapter.rank
-
-    def _pack(self, layer: int, product: str, adapter: PlacedAdapter, sizes: LayerSizes) -> None:
-        matrices, rank = adapter.layers[layer], adapter.rank
-        norm = sizes.norm_before(product, layer)
-        own: list[_Source] = []
-        # What sources point at.
-        kept: list[Tensor | None] = [norm]
-        for part in PARTS[product]:
-            inputs, outputs = sizes.widths[part]
-            order = sizes.order_of(part)
-            if part in matrices:
-                a, b = matrices[part].a.contiguous(), matrices[part].b.contiguous()
-                kept += [a, b, order]
-                own.append(_source(a, scale=norm))
-                source = _source(b, order=order, factor=adapter.scale)
-            else:
-                own.append(_Source(outputs=rank))
-                source = _Source(outputs=outputs)
-            self._add(layer, f"b_{part}", [source], rank)
-        self._add(layer, f"a_{product}", own, inputs)
-        del kept
-
-    def _add(self, layer: int, name: str, sources: Sequence[_Source], inputs: int) -> None:
-        panels = Panels(sources, inputs, half=self._half, arena=self._arena)
-        self._panels.append(panels)
-        setattr(self._structs[layer], name, panels.struct)
-
-
-def _source(
-    matrix: Tensor,
-    *,
-    scale: Tensor | None = None,
-    order: Tensor | None = None,
-    factor: float = 1.0,
-) -> _Source:
-    """Return how to read a matrix (out, in): inputs scaled, outputs in another order."""
-    return _Source(
-        data=matrix.data_ptr(),
-        stride=matrix.stride(0),
-        scale=None if scale is None else scale.data_ptr(),
-        order=None if order is None else order.data_ptr(),
-        outputs=matrix.size(0),
-        factor=factor,
-    )
-
-
-def _packed_bytes(adapter: PlacedAdapter, sizes: LayerSizes, *, half: bool) -> int:
-    total = 0
-    for matrices in adapter.layers:
-        for parts in PARTS.values():
-            if any(part in matrices for part in parts):
-                inputs = sizes.widths[parts[0]][0]
-                panels = [(inputs, len(parts) * adapter.rank)]
-                panels += [(adapter.rank, sizes.widths[part][1]) for part in parts]
-                total += sum(-(-n // _PANEL) * _PANEL * k * (2 if half else 4) for k, n in panels)
-    # Each begins on a line of its own.
-    return total + _LINE * len(LayerAdapters._fields) * len(adapter.layers)
 
 
 class NativeDecoder:
@@ -285,7 +81,7 @@ class NativeDecoder:
     def __init__(
         self, decoder: Decoder, shape: LayerShape, precision: Precision, threads: int
     ) -> None:
-        library = _library()
+        library = load_kernel()
         assert library is not None
         self._library = library
         self._half = precision == "fp16"
@@ -380,7 +176,7 @@ class NativeDecoder:
 
 def why_not_native(model: Any, precision: Precision) -> str | None:
     """Return why a model cannot be computed natively; `None` when it can."""
-    library = _library()
+    library = load_kernel()
     if model.device.type != "cpu":
         return f"it is on {model.device.type}"
     if precision not in ("float32", "fp16"):
@@ -393,22 +189,6 @@ def why_not_native(model: Any, precision: Precision) -> str | None:
     if width % _VECTOR or shape.intermediate % _VECTOR or shape.head_dim % _VECTOR:
         return f"its sizes are not multiples of {_VECTOR}"
     return None
-
-
-class PanelLinear(nn.Module):
-    """A linear layer that only the kernel computes.
-
-    Args:
-        weight: Shape (out, in).
-        bias: Shape (out,).
-        half: Keep it in float16.
-        arena: Where it goes.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, half: bool, arena: Arena) -> None:
-        super().__init__()
-        weight = weight.detach().float().contiguous()
-        self.panels = Panels([_source(weight)], weight.size(1), bias=bias, half=half, arena=arena)
 
 
 def _layer(layer: Any) -> _Layer:
