@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # A step may take as much longer for the prompts that are read beside it.
 _STEPS_PER_PIECE = 1.5
+# Where no answer waits for its next token, who comes meanwhile waits no longer than this.
+_MOST_SECONDS = 0.25
 _LEAST_TOKENS = 16
 _MOST_TOKENS = 512
 _FIRST_TOKENS = 64
@@ -23,12 +25,11 @@ class PrefillPace:
         Args:
             others_wait: Whether answers are being generated meanwhile.
         """
-        if not others_wait:
-            return _MOST_TOKENS
-        if self._step_seconds is None or self._token_seconds is None:
-            return _FIRST_TOKENS
-        tokens = int(_STEPS_PER_PIECE * self._step_seconds / self._token_seconds)
-        return min(max(tokens, _LEAST_TOKENS), _MOST_TOKENS)
+        if self._token_seconds is None or (others_wait and self._step_seconds is None):
+            return _FIRST_TOKENS if others_wait else _MOST_TOKENS
+        step = self._step_seconds if others_wait else None
+        seconds = _MOST_SECONDS if step is None else _STEPS_PER_PIECE * step
+        return min(max(int(seconds / self._token_seconds), _LEAST_TOKENS), _MOST_TOKENS)
 
     def note_pass(self, seconds: float, *, answers: int, prompt_tokens: int) -> None:
         """Learn from a pass.
@@ -39,14 +40,15 @@ class PrefillPace:
             prompt_tokens: Tokens of prompts in it.
         """
         if not prompt_tokens:
-            self._step_seconds = _averaged(self._step_seconds, seconds)
+            self._step_seconds = _averaged(self._step_seconds, seconds, _WEIGHT_OF_NEWEST)
             return
-        if answers:
-            if self._step_seconds is None:
-                return
-            seconds -= min(self._step_seconds, seconds / 2)
-        self._token_seconds = _averaged(self._token_seconds, seconds / prompt_tokens)
+        if answers and self._step_seconds is None:
+            return
+        # The weights are read once, for few tokens as for many; a step is little else.
+        seconds -= min(self._step_seconds or 0.0, seconds / 2)
+        weight = _WEIGHT_OF_NEWEST * min(1.0, prompt_tokens / _FIRST_TOKENS)
+        self._token_seconds = _averaged(self._token_seconds, seconds / prompt_tokens, weight)
 
 
-def _averaged(known: float | None, new: float) -> float:
-    return new if known is None else known + _WEIGHT_OF_NEWEST * (new - known)
+def _averaged(known: float | None, new: float, weight: float) -> float:
+    return new if known is None else known + weight * (new - known)
