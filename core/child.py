@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from core.errors import TrainingFailed, TunesmithError, Unavailable, to_wire
+from core.memory_limits import is_out_of_memory
 
 EVENTS_FD_VARIABLE = "TUNESMITH_CHILD_FD"
 LIFELINE_FD_VARIABLE = "TUNESMITH_CHILD_LIFELINE_FD"
@@ -185,7 +186,7 @@ def _die_with_parent(lifeline_fd: int) -> None:
 
 def _describe(error: Exception) -> TunesmithError:
     message = traceback.format_exception_only(error)[-1].strip()
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return TrainingFailed(
             message,
             code="out_of_memory",
@@ -196,7 +197,9 @@ def _describe(error: Exception) -> TunesmithError:
             message, code="storage_full", hint="Make room on the worker's data directory."
         )
     return TunesmithError(
-        message, code="internal_error", hint="The log of the worker's child has the traceback."
+        message,
+        code="internal_error",
+        hint="The log of the job, or of the worker, has the traceback.",
     )
 
 
@@ -205,12 +208,3 @@ def _is_disk_full(error: Exception) -> bool:
         return error.errno in {errno.ENOSPC, errno.EDQUOT}
     # Writers in other languages give their own kinds of errors, but the system's words.
     return "No space left on device" in str(error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    # torch's CPU allocator has no exception class of its own.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

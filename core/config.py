@@ -31,7 +31,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TUNESMITH_", extra="ignore", frozen=True)
 
-    secrets: ClassVar[frozenset[str]] = frozenset({"database_url", "broker_url", "engine_secret"})
+    secrets: ClassVar[frozenset[str]] = frozenset(
+        {"database_url", "broker_url", "engine_secret", "vllm_api_key"}
+    )
 
     data_dir: Path = Path("data")
     database_url: str = Field(
@@ -40,7 +42,8 @@ class Settings(BaseSettings):
     broker_url: str = Field("", validation_alias=AliasChoices("TUNESMITH_BROKER_URL", "BROKER_URL"))
     engine_urls: str = Field(
         "",
-        description="Comma-separated engines, `unix:PATH` or `http://HOST:PORT`.",
+        description="Comma-separated engines: `unix:PATH`, `http://HOST:PORT`, or"
+        " `vllm+http://HOST:PORT` for a vLLM server.",
         validation_alias=AliasChoices("TUNESMITH_ENGINE_URLS", "ENGINE_URLS"),
     )
     artifact_url: str = Field(
@@ -81,6 +84,9 @@ class Settings(BaseSettings):
     max_job_seconds: int = Field(
         0, ge=0, description="Longest time under work of any job, over all attempts; 0 is no limit."
     )
+    job_log_bytes: int = Field(
+        1024**2, ge=0, description="Kept of what a job's trainer writes, the newest; 0 is nothing."
+    )
     worker_memory_bytes: int = Field(
         0, ge=0, description="Memory that a worker offers to jobs; 0 is what the device has."
     )
@@ -88,7 +94,9 @@ class Settings(BaseSettings):
     quota_queued_jobs: int = Field(1000, ge=0, description="Waiting jobs a project; 0 is no limit.")
     quota_running_jobs: int = Field(0, ge=0, description="Jobs at work a project; 0 is no limit.")
     quota_stored_rows: int = Field(0, ge=0, description="Rows of all data sets a project.")
-    quota_stored_bytes: int = Field(0, ge=0, description="Data sets and adapters a project.")
+    quota_stored_bytes: int = Field(
+        0, ge=0, description="Data sets, adapters and exports a project."
+    )
 
     webhook_allow_private: bool = Field(
         False, description="Send webhooks to private and loopback addresses, too."
@@ -164,6 +172,22 @@ class Settings(BaseSettings):
     )
     engine_max_waiting: int = Field(64, ge=1)
     generate_timeout_seconds: float = Field(600.0, gt=0)
+    vllm_api_key: SecretStr = Field(
+        SecretStr(""), description="What vLLM servers were given as `--api-key`."
+    )
+    vllm_precision: str = Field(
+        "unknown",
+        min_length=1,
+        max_length=32,
+        description="What answers of vLLM servers name as precision of the weights; they do not"
+        " tell it themselves.",
+    )
+    vllm_max_lora_rank: int = Field(
+        0, ge=0, description="Their `--max-lora-rank`, which jobs may not exceed; 0 is not known."
+    )
+    vllm_max_rows: int = Field(
+        256, ge=1, description="Answers of one vLLM server at a time, for each API process."
+    )
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -202,6 +226,11 @@ class Settings(BaseSettings):
         """All configured engines; the local socket when none is named."""
         named = [part.strip() for part in self.engine_urls.split(",") if part.strip()]
         return named or [f"unix:{self.engine_socket}"]
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether an engine is a vLLM server."""
+        return any(address.startswith("vllm+") for address in self.engine_addresses)
 
     @property
     def worker_silence_seconds(self) -> float:

@@ -1,7 +1,8 @@
-"""How much memory this process may have, by the machine and its control groups."""
+"""How much memory this process may have, and how it is told that there is no more."""
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,16 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 def usable_memory_bytes() -> int:
     """Return the machine's memory, or what the control groups leave of it."""
     return min(psutil.virtual_memory().total, *_cgroup_limits())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory has run out, of whatever device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's CPU allocator has no exception class of its own.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _cgroup_limits() -> list[int]:

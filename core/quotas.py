@@ -137,7 +137,7 @@ def check_storage(
                 limit=name,
                 value=limits[name],
                 used=used[name],
-                hint="Delete data sets or adapter versions, or ask the operator for more.",
+                hint="Delete data sets, exports or adapter versions, or ask the operator for more.",
             )
 
 

@@ -98,6 +98,22 @@ class EventRead(_Read):
     created_at: datetime
 
 
+class LogLine(_Read):
+    """One line of a job's log."""
+
+    id: int = Field(description="Grows from line to line; where the line ends, in bytes.")
+    attempt: int
+    created_at: datetime = Field(description="When the worker stored it.")
+    text: str
+
+
+class LogPage(Page[LogLine]):
+    """Lines of a job's log, oldest first."""
+
+    dropped_bytes: int = Field(description="How much of the log's beginning is kept no longer.")
+    complete: bool = Field(description="The job has ended, and nothing comes behind these lines.")
+
+
 class MetricRead(_Read):
     """Measurements of one logging step."""
 

@@ -21,7 +21,7 @@ from core.queue import CeleryQueue, JobQueue
 from core.storage import open_store
 from service import errors, pins
 from service.deps import Services
-from service.engine_client import EnginePool
+from service.engine_pool import EnginePool
 from service.middleware import BodyLimitMiddleware, GuardMiddleware, RequestMiddleware
 from service.openapi import DESCRIPTION, TAGS, complete_document
 from service.routes import (
@@ -30,6 +30,7 @@ from service.routes import (
     exports,
     generate,
     job_control,
+    job_logs,
     job_validation,
     jobs,
     models,
@@ -58,13 +59,14 @@ def create_app(
     if queue is None:
         queue = CeleryQueue(settings)
         closing.callback(queue.close)
+    store = open_store(settings)
     if engine is None:
-        engine = EnginePool.from_settings(settings)
+        engine = EnginePool.from_settings(settings, store)
         closing.push_async_callback(engine.aclose)
     services = Services(
         settings=settings,
         database=database,
-        store=open_store(settings),
+        store=store,
         engine=engine,
         queue=queue,
     )
@@ -99,6 +101,7 @@ def create_app(
         datasets,
         job_validation,
         jobs,
+        job_logs,
         job_control,
         adapters,
         exports,

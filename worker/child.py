@@ -1,8 +1,9 @@
 """The parent's side of a child process that does the heavy work: start, feed, stop, replace.
 
 Owns the life of one long-lived child: it is started for the first task, kept warm for the next,
-asked to stop, killed when it does not, and replaced when it has grown too large. Knows frames (see
-`core.child`), but neither jobs nor the database.
+asked to stop, killed when it does not, and replaced when it has grown too large. What it prints
+comes by a pipe, so that it is known which task it belongs to. Knows frames (see `core.child`), but
+neither jobs nor the database.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ from core.child import (
 from core.lifeline import LIFELINE_VARIABLE
 from core.logging import get_logger
 from worker.memory_kills import count_memory_kills
+from worker.output_file import OutputFile
 
 _POLL_SECONDS = 0.1
 _SEND_TIMEOUT_SECONDS = 10.0
-_MAX_LOG_BYTES = 10 * 1024**2
+_READ_BYTES = 64 * 1024
+# Of output that is read after the child's end; a pipe holds less.
+_MAX_LAST_READS = 32
 
 log = get_logger(__name__)
 
@@ -81,7 +85,7 @@ class ChildProcess:
 
     Args:
         argv: The program, which calls `core.child.serve`.
-        log_path: Where its stdout and stderr are appended to.
+        log_path: Where its stdout and stderr are appended to; see `OutputFile`.
         environment: Variables besides those of this process.
         niceness: Added to the child's priority value.
         max_rss_bytes: The child is replaced after a task that left it larger; 0 is half of the
@@ -98,7 +102,7 @@ class ChildProcess:
         max_rss_bytes: int = 0,
     ) -> None:
         self._argv = list(argv)
-        self._log_path = log_path
+        self._output = OutputFile(log_path)
         self._environment = environment or {}
         self._niceness = niceness
         self._max_rss_bytes = max_rss_bytes or psutil.virtual_memory().total // 2
@@ -125,6 +129,7 @@ class ChildProcess:
         on_event: Callable[[dict[str, Any]], None],
         stop_reason: Callable[[], str | None],
         grace_seconds: float,
+        on_output: Callable[[bytes], None] | None = None,
     ) -> Outcome:
         """Run one task to its end.
 
@@ -133,24 +138,31 @@ class ChildProcess:
             on_event: Called with every event that is not an ending.
             stop_reason: Asked several times a second; anything but `None` is passed to the child.
             grace_seconds: From a stop request to SIGKILL.
+            on_output: Called with what the child prints meanwhile, to the last byte if it dies.
         """
         was_warm = self._live is not None
         try:
             self.ensure_running()
             assert self._live is not None
-            self._live.heard = 0
-            outcome = self._converse(self._live, task, on_event, stop_reason, grace_seconds)
-            heard = self._live.heard
+            live = self._live
+            live.heard, live.on_output = 0, on_output
+            outcome = self._converse(live, task, on_event, stop_reason, grace_seconds)
+            live.drain_output()
+            if self._must_be_replaced(outcome):
+                self.close()
+            live.on_output = None
         except BaseException:
             self.close()
             raise
-        if self._must_be_replaced(outcome):
-            self.close()
-        if isinstance(outcome, Crashed) and was_warm and not heard:
+        if isinstance(outcome, Crashed) and was_warm and not live.heard:
             # It was dying before it got the task, which therefore deserves a child of its own.
             log.warning("idle_child_ended", reason=outcome.reason)
             return self.run(
-                task, on_event=on_event, stop_reason=stop_reason, grace_seconds=grace_seconds
+                task,
+                on_event=on_event,
+                stop_reason=stop_reason,
+                grace_seconds=grace_seconds,
+                on_output=on_output,
             )
         return outcome
 
@@ -162,13 +174,13 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(live.process.pid, signal.SIGKILL)
         live.process.wait()
+        live.drain_output()
         live.close()
+        self._output.close()
 
     def _start(self) -> _Live:
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        if self._log_path.exists() and self._log_path.stat().st_size > _MAX_LOG_BYTES:
-            self._log_path.replace(self._log_path.with_suffix(".1.log"))
         events, child_events = os.pipe()
+        output, child_output = os.pipe()
         child_lifeline, lifeline = os.pipe()
         environment = {
             **os.environ,
@@ -180,25 +192,24 @@ class ChildProcess:
         }
         environment.pop(LIFELINE_VARIABLE, None)  # its stdin carries requests
         try:
-            with self._log_path.open("ab") as output:
-                process = subprocess.Popen(
-                    self._argv,
-                    stdin=subprocess.PIPE,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    pass_fds=(child_events, child_lifeline),
-                    # A Ctrl-C at the terminal is for us; we tell the child what to do.
-                    start_new_session=True,
-                )
+            process = subprocess.Popen(
+                self._argv,
+                stdin=subprocess.PIPE,
+                stdout=child_output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(child_events, child_lifeline),
+                # A Ctrl-C at the terminal is for us; we tell the child what to do.
+                start_new_session=True,
+            )
         except BaseException:
-            os.close(events)
-            os.close(lifeline)
+            for ours in (events, output, lifeline):
+                os.close(ours)
             raise
         finally:
-            os.close(child_events)
-            os.close(child_lifeline)
-        return _Live(process, events, lifeline)
+            for childs in (child_events, child_output, child_lifeline):
+                os.close(childs)
+        return _Live(process, events, output, lifeline, self._output)
 
     def _converse(
         self,
@@ -262,14 +273,19 @@ class _Live:
 
     process: subprocess.Popen[bytes]
     events: int
+    output: int
     lifeline: int
+    log_file: OutputFile
+    on_output: Callable[[bytes], None] | None = None
     ended: bool = False
     heard: int = 0
     memory_kills: int = 0
     decoder: FrameDecoder = field(default_factory=FrameDecoder)
+    _silent: bool = False
 
     def __post_init__(self) -> None:
         os.set_blocking(self.events, False)
+        os.set_blocking(self.output, False)
         os.set_blocking(self._stdin, False)
 
     @property
@@ -288,17 +304,27 @@ class _Live:
         deadline = time.monotonic() + _SEND_TIMEOUT_SECONDS
         while view:
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or not select.select([], [self._stdin], [], remaining)[1]:
+            printed = [] if self._silent else [self.output]
+            readable, writable, _ = select.select(printed, [self._stdin], [], max(0, remaining))
+            if readable:
+                # A child that cannot print does not read either.
+                self._read_output()
+            if not writable and remaining <= 0:
                 raise TimeoutError("the child takes no requests")
-            with contextlib.suppress(BlockingIOError):
-                view = view[os.write(self._stdin, view[: select.PIPE_BUF]) :]
+            if writable:
+                with contextlib.suppress(BlockingIOError):
+                    view = view[os.write(self._stdin, view[: select.PIPE_BUF]) :]
 
     def receive(self) -> list[dict[str, Any]]:
         """Wait a moment for frames; sets `ended` when there will be no more."""
         frames: list[dict[str, Any]] = []
         # A grandchild may keep the pipe open, so its end alone is not enough of a sign.
         exited = self.process.poll() is not None
-        if not select.select([self.events], [], [], 0 if exited else _POLL_SECONDS)[0]:
+        watched = [self.events] if self._silent else [self.events, self.output]
+        readable = select.select(watched, [], [], 0 if exited else _POLL_SECONDS)[0]
+        if self.output in readable:
+            self._read_output()
+        if self.events not in readable:
             self.ended = exited
             return frames
         chunk = os.read(self.events, 1024 * 1024)
@@ -307,8 +333,29 @@ class _Live:
         frames.extend(self.decoder.feed(chunk))
         return frames
 
+    def drain_output(self) -> None:
+        """Read what the child has printed until now."""
+        for _ in range(_MAX_LAST_READS):
+            if self._silent or not self._read_output():
+                return
+
+    def _read_output(self) -> bool:
+        """Pass on some output; tell whether there was any."""
+        try:
+            data = os.read(self.output, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._silent = True
+            return False
+        self.log_file.write(data)
+        if self.on_output is not None:
+            self.on_output(data)
+        return True
+
     def has_ended_idle(self) -> bool:
         """Tell whether the child ended between tasks; what it said meanwhile is dropped."""
+        self.drain_output()
         # The pipe closes a little before the process can be waited for.
         while not self.ended and select.select([self.events], [], [], 0)[0]:
             self.receive()
@@ -331,8 +378,8 @@ class _Live:
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
-        os.close(self.events)
-        os.close(self.lifeline)
+        for descriptor in (self.events, self.output, self.lifeline):
+            os.close(descriptor)
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:

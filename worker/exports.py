@@ -65,6 +65,9 @@ class Exporter:
     def work(self) -> None:
         """Make exports until none waits or the process shall end."""
         while not self._stopping.is_set():
+            # Mostly nothing waits, and then it does not matter which base models are here.
+            if not exports.is_due(self._database):
+                return
             with self._database.session() as session:
                 absent = base_models.list_absent(session)
             if not exports.is_due(self._database, absent):
@@ -139,7 +142,9 @@ class Exporter:
         match outcome:
             case Finished(result):
                 blob = self._store.write_blob(_chunks(Path(result["path"])), _NO_LIMIT_BYTES)
-                exports.succeed(self._database, claim, self._worker_id, blob, self._store)
+                exports.succeed(
+                    self._database, claim, self._worker_id, blob, self._store, self._settings
+                )
                 log.info("export_succeeded", bytes=blob.bytes, sha256=blob.sha256)
             case Failed(error):
                 exports.fail(self._database, claim, self._worker_id, from_wire(error).as_dict())

@@ -20,6 +20,7 @@ from core import jobs
 from core.db.session import Database
 from core.errors import LeaseLost
 from core.logging import bind, get_logger
+from worker.job_output import JobOutput
 
 _RENEW_SECONDS = 1.0
 _FLUSH_SECONDS = 0.4
@@ -48,6 +49,8 @@ class Lease:
         worker_id: Who claimed it.
         lease_seconds: How long each renewal lasts.
         on_renewal: Called after every renewal, from the lease's thread.
+        output: Lines for the job's log, written with what else is reported.
+        max_log_bytes: What is kept of the log.
         time_limit_seconds: Of work on the job, earlier attempts included.
     """
 
@@ -59,8 +62,12 @@ class Lease:
         lease_seconds: float,
         on_renewal: Callable[[], None] = lambda: None,
         time_limit_seconds: int | None = None,
+        output: JobOutput | None = None,
+        max_log_bytes: int = 0,
     ) -> None:
         self.claim = claim
+        self._output = output
+        self._max_log_bytes = max_log_bytes
         self._database = database
         self._worker_id = worker_id
         self._lease_seconds = lease_seconds
@@ -181,7 +188,8 @@ class Lease:
             with self._adding:
                 batch = self._updates[:_MAX_BATCH]
                 del self._updates[:_MAX_BATCH]
-            if not batch and not renew:
+            lines = self._output.take() if self._output else ""
+            if not batch and not lines and not renew:
                 return
             try:
                 requested = jobs.record(
@@ -189,15 +197,19 @@ class Lease:
                     self.claim,
                     self._worker_id,
                     batch,
+                    output=lines,
+                    max_log_bytes=self._max_log_bytes,
                     lease_seconds=self._lease_seconds if renew else None,
                 )
             except SQLAlchemyError as error:
-                if batch and not is_transient(error):
+                if (batch or lines) and not is_transient(error):
                     # It would fail again and hold up everything behind it.
-                    log.exception("updates_dropped", count=len(batch))
+                    log.exception("updates_dropped", count=len(batch), log_characters=len(lines))
                     continue
                 with self._adding:
                     self._updates[:0] = batch
+                if self._output:
+                    self._output.give_back(lines)
                 raise
             self._requested = requested
             if renew:

@@ -25,10 +25,12 @@ from core.errors import LeaseLost, TrainingFailed, TunesmithError, from_wire
 from core.ids import new_id
 from core.logging import bind, get_logger
 from core.queue import QueueName
+from core.redaction import Redactor
 from core.training.memory_ladder import next_rung
 from worker.capabilities import Machine
 from worker.checkpoints import CheckpointUploader
 from worker.child import ChildProcess, Crashed, Failed, Finished, Outcome, Stopped
+from worker.job_output import JobOutput
 from worker.lease import Conclude, Lease, is_transient
 
 _REGISTER_SECONDS = 5.0
@@ -90,6 +92,7 @@ class Runner:
         self._awake = threading.Event()
         self._awake.set()  # there may be work already
         self._stopping = threading.Event()
+        self._redact = Redactor.from_settings(settings, os.environ)
         self._machine = Machine(queue, settings, database)
         # The base model of the child's last task, while that child lives.
         self._warm_base: str | None = None
@@ -153,6 +156,7 @@ class Runner:
     def _run(self, claim: jobs.Claim) -> None:
         self._job_id = claim.job_id
         self._register_at = 0.0
+        output = JobOutput(self._redact)
         lease = Lease(
             self._database,
             claim,
@@ -160,21 +164,24 @@ class Runner:
             self._settings.lease_seconds,
             on_renewal=self._register,
             time_limit_seconds=self._time_limit_seconds(claim),
+            # Nobody can read the log of a dry run.
+            output=output if self._settings.job_log_bytes and not claim.dry_run else None,
+            max_log_bytes=self._settings.job_log_bytes,
         )
         try:
             with bind(job_id=claim.job_id, attempt=claim.attempt), lease:
                 log.info("job_claimed", stage=self._stage.name)
                 failpoints.reached("job.claimed", job_id=claim.job_id, attempt=claim.attempt)
-                self._see_through(claim, lease)
+                self._see_through(claim, lease, output)
         finally:
             self._job_id = None
             self._register_at = 0.0
 
-    def _see_through(self, claim: jobs.Claim, lease: Lease) -> None:
+    def _see_through(self, claim: jobs.Claim, lease: Lease, output: JobOutput) -> None:
         try:
             try:
                 with self._work_dir(claim) as work_dir:
-                    self._conclude(lease, self._run_child(claim, lease, work_dir))
+                    self._conclude(lease, self._run_child(claim, lease, output, work_dir))
             except (LeaseLost, SQLAlchemyError):
                 raise
             except TunesmithError as error:
@@ -189,7 +196,9 @@ class Runner:
             # The database did not take the end. When the lease expires, the job runs again.
             log.exception("job_not_concluded")
 
-    def _run_child(self, claim: jobs.Claim, lease: Lease, work_dir: Path) -> Outcome:
+    def _run_child(
+        self, claim: jobs.Claim, lease: Lease, output: JobOutput, work_dir: Path
+    ) -> Outcome:
         if self._stop_reason(lease) is not None:
             return Stopped(forced=False)
         try:
@@ -206,8 +215,10 @@ class Runner:
                 on_event=lambda frame: _report(lease, checkpoints, frame),
                 stop_reason=grace.stop_reason,
                 grace_seconds=grace.childs_share_seconds,
+                on_output=output.feed,
             )
         finally:
+            output.finish()
             loaded = self._queue == "train" and self._child.pid is not None
             self._warm_base = lease.claim.base.name if loaded else None
             if checkpoints is not None:

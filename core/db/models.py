@@ -269,6 +269,21 @@ class JobMetric(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
+class JobLog(Base):
+    """Some whole lines of what an attempt's child wrote, the newest of which are kept.
+
+    A job's log is one text over all attempts, addressed by its bytes.
+    """
+
+    __tablename__ = "job_logs"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    # Where these lines end; they begin as many bytes before it as they are long.
+    end_byte: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    attempt: Mapped[int]
+    text: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
 class JobCheckpoint(Base):
     """A training state that a later attempt can go on from; its bytes are a blob, a tar archive."""
 

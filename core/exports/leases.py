@@ -6,11 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from core import quotas
+from core.config import Settings
 from core.db.repositories.base_models import BaseModelRepository
 from core.db.repositories.dialect import lock_content
 from core.db.repositories.exports import ExportClaims
 from core.db.session import Database
 from core.errors import TunesmithError, Unavailable
+from core.principal import Principal
 from core.storage import ArtifactStore, Blob
 
 
@@ -21,6 +24,7 @@ class ExportClaim:
     Attributes:
         export_id: The export.
         attempt: Number of the attempt.
+        project_id: The owner.
         format: `merged` or `gguf`.
         dtype: Of the weights.
         digest: Of the adapter.
@@ -29,13 +33,14 @@ class ExportClaim:
 
     export_id: str
     attempt: int
+    project_id: str
     format: str
     dtype: str
     digest: str
     base_path: str
 
 
-def is_due(database: Database, absent: Collection[str]) -> bool:
+def is_due(database: Database, absent: Collection[str] = ()) -> bool:
     """Tell whether an export waits whose base model is not among the `absent`."""
     with database.session() as session:
         return ExportClaims(session, "").is_due(absent)
@@ -84,6 +89,7 @@ def claim(
             return ExportClaim(
                 export_id=export.id,
                 attempt=export.attempt,
+                project_id=export.project_id,
                 format=export.format,
                 dtype=export.dtype,
                 digest=version.digest,
@@ -102,15 +108,31 @@ def renew(database: Database, held: ExportClaim, worker_id: str, lease_seconds: 
 
 
 def succeed(
-    database: Database, held: ExportClaim, worker_id: str, blob: Blob, store: ArtifactStore
+    database: Database,
+    held: ExportClaim,
+    worker_id: str,
+    blob: Blob,
+    store: ArtifactStore,
+    settings: Settings,
 ) -> None:
     """End an export with its file.
 
+    Args:
+        database: Where.
+        held: The export.
+        worker_id: Who made it.
+        blob: The file.
+        store: Holds it.
+        settings: The quotas.
+
     Raises:
         LeaseLost: Another attempt owns the export, or it was deleted.
+        QuotaExceeded: The project would store too much.
         Unavailable: Code `artifact_gone`; an equal file was deleted at this very moment.
     """
+    owner = Principal(held.project_id, frozenset())
     with database.session(write=True) as session:
+        quotas.check_storage(session, owner, settings, rows=0, bytes=blob.bytes)
         lock_content(session, blob.sha256)
         if not store.has_blob(blob.sha256):
             raise Unavailable("the file was deleted meanwhile", code="artifact_gone")

@@ -12,6 +12,7 @@ from core.config import Settings
 from core.datasets import discard_blob
 from core.db.models import AdapterVersion, Export
 from core.db.repositories.adapters import AdapterRepository
+from core.db.repositories.base_models import BaseModelRepository
 from core.db.repositories.dialect import take_turn
 from core.db.repositories.exports import ExportRepository
 from core.db.session import Database
@@ -26,6 +27,8 @@ ExportFormat = Literal["merged", "gguf"]
 ExportDtype = Literal["fp32", "fp16", "bf16", "q8_0"]
 
 _MOST_UNFINISHED = 20
+# What an export is expected to take; a q8_0 block of 32 values has a scale of two bytes.
+_BYTES_PER_PARAMETER = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 
 
 def submit_export(
@@ -47,12 +50,12 @@ def submit_export(
         version: Of it.
         format: `merged` or `gguf`.
         dtype: Of the weights.
-        settings: Whether there is a converter.
+        settings: Whether there is a converter, and the quotas.
 
     Raises:
         NotFound: Code `unknown_adapter` or `unknown_version`.
         InvalidInput: Code `gguf_unavailable` or `invalid_dtype`.
-        QuotaExceeded: Too many exports of the project have not ended.
+        QuotaExceeded: Too many exports of the project have not ended, or it would store too much.
     """
     row = version_row(AdapterRepository(session, principal.project_id), name, version)
     if format == "gguf" and not Path(settings.gguf_converter).is_file():
@@ -75,7 +78,7 @@ def submit_export(
     found = exports.find_same(row.id, format, dtype)
     if found is not None:
         return _to_read(name, row, found)
-    quotas.check_unfinished(exports.count_unfinished(), _MOST_UNFINISHED, what="exports")
+    _check_quotas(session, principal, exports, row, dtype, settings)
     export = Export(
         id=new_id("export"),
         project_id=principal.project_id,
@@ -165,6 +168,29 @@ def locate_file(export: ExportRead, store: ArtifactStore) -> tuple[Path, str]:
     suffix = "tar" if export.format == "merged" else "gguf"
     name = f"{export.adapter}-v{export.version}-{export.dtype}.{suffix}"
     return store.blob_path(export.sha256), name
+
+
+def _check_quotas(
+    session: Session,
+    principal: Principal,
+    exports: ExportRepository,
+    version: AdapterVersion,
+    dtype: ExportDtype,
+    settings: Settings,
+) -> None:
+    """Refuse one more export that would be too many, or too large beside those on their way."""
+    unfinished = exports.list_unfinished()
+    quotas.check_unfinished(len(unfinished), _MOST_UNFINISHED, what="exports")
+    expected = sum(
+        _expected_bytes(session, *one) for one in [(version.base_model, dtype), *unfinished]
+    )
+    quotas.check_storage(session, principal, settings, rows=0, bytes=expected)
+
+
+def _expected_bytes(session: Session, base_model: str, dtype: str) -> int:
+    base = BaseModelRepository(session).find(base_model)
+    parameters = base.description.get("parameters", 0) if base else 0
+    return int(parameters * _BYTES_PER_PARAMETER[dtype])
 
 
 def _to_read(name: str, version: AdapterVersion, export: Export) -> ExportRead:

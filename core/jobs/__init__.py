@@ -28,6 +28,7 @@ from core.jobs.leases import (
     succeed,
     validated,
 )
+from core.jobs.logs import read_log
 from core.jobs.sources import FetchedRows, SourceRef, check_hub_reference
 from core.jobs.submission import accept, submit
 from core.jobs.sweep import (
@@ -76,6 +77,7 @@ __all__ = [
     "list_workers",
     "metrics",
     "pause",
+    "read_log",
     "record",
     "register_worker",
     "reject_checkpoint",

@@ -24,6 +24,7 @@ from core.jobs import requirements
 from core.jobs.continuation import find_first_weights
 from core.jobs.estimates import estimate_training
 from core.jobs.leases import Claim, storable, validated
+from core.jobs.servable import check_servable
 from core.jobs.sources import find_sources, keep_sources
 from core.jobs.submission import find_base_model
 from core.jobs.trackers import check_trackers
@@ -51,7 +52,8 @@ def start_dry_run(
         settings: How long a live worker may be silent.
 
     Raises:
-        InvalidInput: `unknown_base_model`, `unknown_dataset` or `unknown_target_module`.
+        InvalidInput: `unknown_base_model`, `unknown_dataset`, `unknown_target_module` or
+            `rank_not_servable`.
         QuotaExceeded: Too many dry runs of the project have not ended.
     """
     with database.session(write=True) as session:
@@ -63,6 +65,7 @@ def start_dry_run(
             retry_after_seconds=_RETRY_AFTER_SECONDS,
         )
         check_trackers(spec, settings)
+        check_servable(spec, settings)
         base = find_base_model(session, spec.base_model)
         needed = requirements.estimate(spec, base.description)
         find_first_weights(session, principal, spec, base)

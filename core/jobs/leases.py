@@ -28,6 +28,7 @@ from core.db.repositories.queue import Stage
 from core.db.session import Database
 from core.errors import TunesmithError
 from core.inference.engine import BaseModelRef
+from core.jobs import logs
 from core.jobs.checkpoints import CheckpointRef, usable_checkpoints
 from core.jobs.sources import FetchedRows, SourceRef, open_sources, register_fetched
 from core.jobs.updates import EventUpdate, MetricUpdate, ProgressUpdate, Update
@@ -131,15 +132,19 @@ def record(
     worker_id: str,
     updates: Sequence[Update],
     *,
+    output: str = "",
+    max_log_bytes: int = 0,
     lease_seconds: float | None = None,
 ) -> str | None:
-    """Store events, measurements and progress in one transaction.
+    """Store events, measurements, progress and log lines in one transaction.
 
     Args:
         database: Where.
         claim: The attempt that reports.
         worker_id: Who holds it.
         updates: What it reports.
+        output: Lines for the job's log; see `core.jobs.logs`.
+        max_log_bytes: What is kept of the log.
         lease_seconds: Extend the lease as well, for which no second transaction is needed.
 
     Returns:
@@ -175,6 +180,8 @@ def record(
                 for metric in measured.values()
             ]
         )
+        if output and max_log_bytes:
+            logs.append(session, claim.job_id, claim.attempt, output, max_log_bytes)
         if updates:
             failpoints.reached("events.flush", job_id=claim.job_id, attempt=claim.attempt)
         return job.stop_requested

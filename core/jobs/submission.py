@@ -22,6 +22,7 @@ from core.errors import Conflict, InvalidInput, QuotaExceeded, TunesmithError
 from core.ids import new_id
 from core.jobs import requirements
 from core.jobs.continuation import find_first_weights
+from core.jobs.servable import check_servable
 from core.jobs.sources import find_sources, keep_sources
 from core.jobs.trackers import check_trackers
 from core.jobs.views import get
@@ -119,8 +120,8 @@ def submit(
 
     Raises:
         InvalidInput: `unknown_base_model`, `unknown_dataset`, `unknown_target_module`,
-            `invalid_dataset` or `unknown_column` (inline rows), `invalid_idempotency_key`, or what
-            `find_first_weights` raises.
+            `rank_not_servable`, `invalid_dataset` or `unknown_column` (inline rows),
+            `invalid_idempotency_key`, or what `find_first_weights` raises.
         Forbidden: `hub_datasets_disabled` or `hub_dataset_not_allowed`.
         Conflict: `idempotency_key_reused`; the key came with another spec before.
         QuotaExceeded: Too many jobs wait, or too much would be stored.
@@ -139,6 +140,7 @@ def submit(
     if (same := known_job()) is not None:
         return same, False
     check_trackers(spec, settings)
+    check_servable(spec, settings)
     base = find_base_model(session, spec.base_model)
     needed = requirements.estimate(spec, base.description)
     first = find_first_weights(session, principal, spec, base)

@@ -25,6 +25,7 @@ from core.causal_lm import linear_modules
 from core.data.dry_run import render_dataset
 from core.data.rendered import RenderedDataset, RenderedRow
 from core.data.tokenizer import TokenizerCache, read_context_length
+from core.logging import get_logger
 from core.training.base_model import WarmBase
 from core.training.before_after import build_report
 from core.training.callback import MonitorCallback
@@ -41,6 +42,8 @@ from core.training.task import TrainTask
 from core.training.trackers import TrackingCallback
 
 _RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tunesmith")
+
+log = get_logger(__name__)
 
 
 class Pipeline:
@@ -101,6 +104,15 @@ class Pipeline:
 
         start_stage(monitor, "train")
         plan = _plan_batches(task, monitor)
+        log.info(
+            "training_planned",
+            rows=len(training),
+            validation_rows=len(validation),
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            threads=threads,
+            **plan.as_dict(),
+        )
         reporting = MonitorCallback(monitor, job_id=task.job_id, attempt=task.attempt)
         saving = SavingCallback(monitor, spec.training)
         clock = StepClock(started)

@@ -10,15 +10,19 @@ import warnings
 from typing import Any
 
 from core.child import Channel, serve
+from core.config import Settings
 from core.data.quiet import silence_libraries
+from core.logging import bind, configure
 
 
 def main() -> None:
     """Load the libraries, report ready and serve tasks until the parent goes away."""
+    configure(Settings(), process="trainer")
     silence_libraries()
-    # The log of the child is for tracebacks.
+    # The log is for what concerns a job; most of these concern programmers.
     warnings.simplefilter("ignore")
     # Imported here, so that the libraries find their environment set.
+    from core.training import journal
     from core.training.device import pin_gpu
     from core.training.pipeline import Pipeline
     from core.training.task import TrainTask
@@ -31,7 +35,8 @@ def main() -> None:
     def handle(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
         request = TrainTask.model_validate(task)
         pin_gpu(request.device)
-        return pipeline.run(request, channel)
+        with bind(job_id=request.job_id, attempt=request.attempt), journal.outcome(channel):
+            return pipeline.run(request, journal.Journal(channel))
 
     serve(handle)
 

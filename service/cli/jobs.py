@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from core.errors import InvalidInput, TunesmithError
-from service.cli import job_control, job_history, job_validation
+from service.cli import job_control, job_history, job_logs, job_validation
 from service.cli.client import DEFAULT_URL, Key, Limit, ServiceClient, Url, connect
 from service.cli.files import read_json
 from service.cli.follow import check_succeeded, describe_stage, follow_job
@@ -277,4 +277,5 @@ def _steps(job: dict[str, Any]) -> str:
 
 
 job_history.register(app)
+job_logs.register(app)
 job_control.register(app)

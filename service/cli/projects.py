@@ -54,7 +54,7 @@ def set_quota(
         str | None, typer.Option(metavar="N", help=f"Rows of all data sets. {_MEANING}")
     ] = None,
     stored_bytes: Annotated[
-        str | None, typer.Option(metavar="N", help=f"Data sets and adapters. {_MEANING}")
+        str | None, typer.Option(metavar="N", help=f"Data sets, adapters and exports. {_MEANING}")
     ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,

@@ -44,7 +44,8 @@ def submit_export(
     """Have a light worker merge the version into its base model.
 
     The same request again is answered with the export that there is. The file is kept for
-    `TUNESMITH_KEEP_EXPORTS_SECONDS`.
+    `TUNESMITH_KEEP_EXPORTS_SECONDS` and counts towards the project's `stored_bytes`: one that would
+    not fit is refused with 403 `quota_exceeded`.
     """
     export = exports.submit_export(
         session,

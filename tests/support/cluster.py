@@ -7,15 +7,14 @@ on loopback only, log to files, and end with the process that started them.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import httpx2
 import psutil
@@ -27,10 +26,8 @@ from tests.support.polling import wait_until
 from tests.support.processes import is_gone
 from tests.support.reaper import Reaper
 from tests.support.servers import Postgres, Redis, free_port
+from tests.support.service_client import REPOSITORY, ServiceClient
 
-TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 _READY_SECONDS = 120.0
 _STOP_SECONDS = 40.0
 # Every process of a cluster inherits it, so that none can hide.
@@ -121,7 +118,7 @@ class Part:
             self._process.stdin.close()
 
 
-class Cluster:
+class Cluster(ServiceClient):
     """Postgres, Redis and the parts of the service, named `api`, `engine`, `train-1`, `light-1` ….
 
     Nothing of the service runs before `start`. Use it as a context manager.
@@ -217,19 +214,6 @@ class Cluster:
         """The worker parts."""
         return [part for name, part in self.parts.items() if name not in ("api", "engine")]
 
-    def run(self, *arguments: str) -> str:
-        """Run a command of the command line to its end and return what it printed."""
-        finished = subprocess.run(
-            [sys.executable, "-m", "service.cli", *arguments],
-            cwd=REPOSITORY,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-        return finished.stdout
-
     def prepare(self, models: Mapping[str, Path]) -> None:
         """Create the schema and configure base models: name → directory."""
         self.run("db", "upgrade")
@@ -315,52 +299,6 @@ class Cluster:
             self.redis.close()
         finally:
             self._reaper.close()
-
-    def upload(self, rows: list[dict[str, Any]]) -> str:
-        """Upload rows as JSONL and return the data set's id."""
-        content = "".join(json.dumps(row) + "\n" for row in rows)
-        files = {"file": ("rows.jsonl", content.encode(), "application/jsonl")}
-        answer = self.client.post("/datasets", files=files)
-        assert answer.status_code == 201, answer.text
-        return str(answer.json()["id"])
-
-    def submit(self, spec: dict[str, Any], key: str | None = None) -> dict[str, Any]:
-        """Post a job and return it."""
-        headers = {"Idempotency-Key": key} if key else {}
-        answer = self.client.post("/jobs", json=spec, headers=headers)
-        assert answer.status_code == 202, answer.text
-        return dict(answer.json())
-
-    def job(self, job_id: str) -> dict[str, Any]:
-        """Return a job as the API shows it."""
-        answer = self.client.get(f"/jobs/{job_id}")
-        assert answer.status_code == 200, answer.text
-        return dict(answer.json())
-
-    def wait_for(
-        self, job_id: str, reached: Callable[[dict[str, Any]], bool], seconds: float
-    ) -> dict[str, Any]:
-        """Poll a job until `reached` holds and return it; an API that is away is waited for."""
-        latest: dict[str, Any] = {}
-
-        def check() -> bool:
-            try:
-                answer = self.client.get(f"/jobs/{job_id}")
-            except httpx2.TransportError:
-                return False
-            if answer.status_code == 503:
-                return False
-            assert answer.status_code == 200, answer.text
-            latest.clear()
-            latest.update(answer.json())
-            return reached(latest)
-
-        wait_until(check, seconds, lambda: f"{latest}\n{self.tails()}")
-        return latest
-
-    def finish(self, job_id: str, seconds: float = 120) -> dict[str, Any]:
-        """Wait until a job has ended and return it."""
-        return self.wait_for(job_id, lambda job: job["status"] in TERMINAL, seconds)
 
 
 def _foreign_variables() -> dict[str, str]:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ import httpx2
 import psutil
 
 from tests.support.polling import wait_until
+from tests.support.service_client import ServiceClient
 
-TERMINAL = {"succeeded", "failed", "cancelled"}
 
-
-class RunningService:
+class RunningService(ServiceClient):
     """`tunesmith serve` on a free loopback port, with its log in a file.
 
     Args:
@@ -46,18 +44,6 @@ class RunningService:
         for name, path in models.items():
             self.run("models", "add", name, str(path), "--data-dir", str(data_dir))
         self.start()
-
-    def run(self, *arguments: str) -> str:
-        """Run a command of the command line to its end and return what it printed."""
-        finished = subprocess.run(
-            [sys.executable, "-m", "service.cli", *arguments],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-        return finished.stdout
 
     def start(self) -> None:
         """Start the supervisor and wait until it says that the service is ready."""
@@ -113,47 +99,9 @@ class RunningService:
             self.supervisor.kill()
             self.supervisor.wait(10)
 
-    def upload(self, rows: list[dict[str, Any]]) -> str:
-        """Upload rows as JSONL and return the data set's id."""
-        content = "".join(json.dumps(row) + "\n" for row in rows)
-        files = {"file": ("rows.jsonl", content.encode(), "application/jsonl")}
-        answer = self.client.post("/datasets", files=files)
-        assert answer.status_code == 201, answer.text
-        return str(answer.json()["id"])
-
-    def submit(self, spec: dict[str, Any], key: str | None = None) -> dict[str, Any]:
-        """Post a job and return it."""
-        headers = {"Idempotency-Key": key} if key else {}
-        answer = self.client.post("/jobs", json=spec, headers=headers)
-        assert answer.status_code == 202, answer.text
-        return dict(answer.json())
-
-    def job(self, job_id: str) -> dict[str, Any]:
-        """Return a job as it stands."""
-        answer = self.client.get(f"/jobs/{job_id}")
-        assert answer.status_code == 200, answer.text
-        return dict(answer.json())
-
-    def wait_for(
-        self, job_id: str, reached: Callable[[dict[str, Any]], bool], seconds: float
-    ) -> dict[str, Any]:
-        """Poll a job until `reached` holds and return it."""
-        latest: dict[str, Any] = {}
-
-        def check() -> bool:
-            latest.clear()
-            try:
-                latest.update(self.job(job_id))
-            except httpx2.TransportError:
-                return False
-            return reached(latest)
-
-        wait_until(check, seconds, lambda: f"{latest}\n{self.log.read_text()[-8000:]}")
-        return latest
-
-    def finish(self, job_id: str, seconds: float = 120) -> dict[str, Any]:
-        """Wait until a job has ended and return it."""
-        return self.wait_for(job_id, lambda job: job["status"] in TERMINAL, seconds)
+    def tails(self) -> str:
+        """Return the end of the log, which all processes share."""
+        return self.log.read_text()[-8000:]
 
 
 def role_of(process: psutil.Process) -> str | None:

@@ -80,16 +80,14 @@ class ExportRepository:
             query = query.where(Export.id < before)
         return self._session.scalars(query.order_by(Export.id.desc()).limit(limit)).all()
 
-    def count_unfinished(self) -> int:
-        """Count those that wait or are being made."""
-        return (
-            self._session.scalar(
-                select(func.count()).where(
-                    Export.project_id == self._project_id, Export.status.in_(_UNFINISHED)
-                )
-            )
-            or 0
+    def list_unfinished(self) -> Sequence[tuple[str, str]]:
+        """Return base model and dtype of those that wait or are being made."""
+        rows = self._session.execute(
+            select(AdapterVersion.base_model, Export.dtype)
+            .join(AdapterVersion, AdapterVersion.id == Export.version_id)
+            .where(Export.project_id == self._project_id, Export.status.in_(_UNFINISHED))
         )
+        return [(row[0], row[1]) for row in rows]
 
     def delete(self, export: Export) -> None:
         """Delete an export; a worker that makes it finds its lease lost."""

@@ -33,6 +33,7 @@ from core.db.models import (
     Job,
     JobCheckpoint,
     JobEvent,
+    JobLog,
     JobMetric,
     WebhookDelivery,
 )
@@ -135,7 +136,7 @@ class HousekeepingRepository:
         Args:
             ended_before: The instant.
             jobs: At most so many.
-            rows: And at most so many events and so many measurements of theirs; where there are
+            rows: And at most so many events, measurements and pieces of log each; where there are
                 more, those go first and the jobs with a later call.
         """
         ids = self._session.scalars(
@@ -147,7 +148,7 @@ class HousekeepingRepository:
         ).all()
         if not ids:
             return RemovedJobs(0, (), more=False)
-        for table in (JobEvent, JobMetric):
+        for table in (JobEvent, JobMetric, JobLog):
             keys = table.__mapper__.primary_key
             some = select(*keys).where(table.job_id.in_(ids)).order_by(*keys).limit(rows)
             if self._delete_some(table, keys, some) == rows:

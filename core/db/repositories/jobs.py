@@ -84,7 +84,7 @@ class JobRepository:
         ).one_or_none()
 
     def delete(self, job_id: str) -> bool:
-        """Remove an ended job with its events, metrics and keys; False when it has not ended."""
+        """Remove an ended job with its history, log and keys; False when it has not ended."""
         removed = self._session.scalars(
             delete(Job)
             .where(Job.id == job_id, self._owned(), Job.status.in_(TERMINAL))

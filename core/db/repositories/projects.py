@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from core.db.models import AdapterVersion, ApiKey, Dataset, Job, Project, utc_now
+from core.db.models import AdapterVersion, ApiKey, Dataset, Export, Job, Project, utc_now
 from core.db.repositories.dialect import insert_into, is_key
 from core.errors import NotFound
 from core.ids import new_id
@@ -73,7 +73,7 @@ class ProjectRepository:
         return self._count_jobs(project_id, ("running",))
 
     def sum_stored(self, project_id: str) -> tuple[int, int]:
-        """Return the rows of all data sets, and the bytes of all data sets and adapters."""
+        """Return the rows of all data sets, and the bytes of these, all adapters and exports."""
         rows, dataset_bytes = self._session.execute(
             select(func.sum(Dataset.rows), func.sum(Dataset.bytes)).where(
                 Dataset.project_id == project_id
@@ -82,7 +82,11 @@ class ProjectRepository:
         adapter_bytes = self._session.scalar(
             select(func.sum(AdapterVersion.bytes)).where(AdapterVersion.project_id == project_id)
         )
-        return int(rows or 0), int(dataset_bytes or 0) + int(adapter_bytes or 0)
+        export_bytes = self._session.scalar(
+            select(func.sum(Export.bytes)).where(Export.project_id == project_id)
+        )
+        stored = (dataset_bytes, adapter_bytes, export_bytes)
+        return int(rows or 0), sum(int(one or 0) for one in stored)
 
     def _count_jobs(self, project_id: str, statuses: tuple[str, ...]) -> int:
         query = select(func.count()).where(
