@@ -6,7 +6,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from tests.support.cluster import REPOSITORY
+from tests.support.service_client import REPOSITORY
 
 _SHIFTED_CLOCK = Path(__file__).parent / "shifted_clock"
 _JUMPS = (0.0, 3600.0, -3600.0)

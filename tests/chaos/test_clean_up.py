@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.cluster import REPOSITORY
 from tests.support.polling import wait_until
 from tests.support.processes import is_gone
+from tests.support.service_client import REPOSITORY
 
 PROGRAM = """
 import json, sys, time

@@ -16,10 +16,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.support.cluster import TERMINAL
 from tests.support.compose_cluster import ComposeCluster
 from tests.support.polling import wait_until
 from tests.support.service import chat_rows
+from tests.support.service_client import TERMINAL
 from tests.support.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.postgres, pytest.mark.redis]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,3 +123,37 @@ def test_the_adapter_moves_the_reference_too(reference: Any) -> None:
         with reference.disable_adapter():
             base = reference(ids).logits
     assert (tuned - base).abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("adapter", [None, "codes"])
+def test_a_stream_shows_whole_characters_and_ends_with_the_usage(
+    service: RunningService, adapter: str | None
+) -> None:
+    body = {
+        "prompt": "Draw",
+        "max_new_tokens": 80,
+        "temperature": 1.5,
+        "seed": 3,
+        "stream": True,
+        "response_format": {"type": "regex", "regex": "(🚀|é|漢){5}"},
+    }
+    params = {"adapter": adapter} if adapter else {}
+    with service.client.stream("POST", "/generate", params=params, json=body) as answer:
+        assert answer.status_code == 200, answer.read()
+        content = b"".join(answer.iter_bytes())
+    events = []
+    for block in content.decode("utf-8", errors="strict").strip().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line)
+        events.append((fields["event"], json.loads(fields["data"])))
+    *deltas, (last, done) = events
+    assert {kind for kind, _ in deltas} == {"delta"}
+    texts = [data["text"] for _, data in deltas]
+    assert len(texts) > 1
+    assert not any("\ufffd" in text for text in texts)
+    assert re.fullmatch("(🚀|é|漢){5}", "".join(texts))
+    assert last == "done"
+    # Each of these characters takes several tokens, and the end is one, too.
+    assert done["usage"]["completion_tokens"] > len(texts)
+    assert done["usage"]["total_tokens"] == (
+        done["usage"]["prompt_tokens"] + done["usage"]["completion_tokens"]
+    )

@@ -103,6 +103,8 @@ def test_what_another_project_owns_cannot_be_told_from_what_does_not_exist(api: 
         ("POST", "/jobs", {**spec, "dataset": "{dataset}"}),
         ("GET", "/jobs/{job}", None),
         ("GET", "/jobs/{job}/events", None),
+        ("GET", "/jobs/{job}/logs", None),
+        ("GET", "/jobs/{job}/logs?format=text", None),
         ("GET", "/jobs/{job}/metrics", None),
         ("GET", "/jobs/{job}/metrics?format=csv", None),
         ("GET", "/jobs/{job}/report", None),

@@ -23,6 +23,16 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.polling import wait_until
 
 LEASE_SECONDS = 30
+LINE = json.dumps(
+    {
+        "step": 3,
+        "reason": "it fits",
+        "event": "early_stopped",
+        "job_id": "job-1",
+        "level": "info",
+        "timestamp": "2026-11-24T14:02:11.5Z",
+    }
+)
 
 
 @pytest.fixture
@@ -62,7 +72,8 @@ def finish(sqlite_database: Database, store: LocalStore, tmp_path: Path) -> Call
             MetricUpdate(step=1, epoch=0.5, loss=2.5, tokens_per_second=120.0),
             ProgressUpdate("train", 1, 2, 3.0, 20),
         ]
-        jobs.record(sqlite_database, claim, "w", updates)
+        output = f"{LINE}\nof a library {{}}\n"
+        jobs.record(sqlite_database, claim, "w", updates, output=output, max_log_bytes=10**6)
         make_artifact(tmp_path / "artifact")
         published = store.publish_adapter(tmp_path / "artifact")
         jobs.succeed(
@@ -189,6 +200,14 @@ def test_following_a_job_shows_its_progress_and_what_it_made(
     metrics = succeed("jobs", "metrics", submitted["id"], "--json").json
     assert [(row["step"], row["loss"]) for row in metrics] == [(1, 2.5)]
     assert "2.5" in succeed("jobs", "metrics", submitted["id"]).stdout
+    log = succeed("jobs", "logs", submitted["id"]).stdout.splitlines()
+    assert log[0].endswith("  info     early_stopped  step=3 reason=it fits")
+    assert log[1:] == ["of a library {}"]
+    assert succeed("jobs", "logs", submitted["id"], "-n", 1).stdout == "of a library {}\n"
+    none = succeed("jobs", "logs", submitted["id"], "--attempt", 9)
+    assert (none.stdout, none.stderr) == ("", "No lines.\n")
+    logged = succeed("jobs", "logs", submitted["id"], "--follow", "--json").stdout
+    assert [json.loads(line)["text"] for line in logged.splitlines()] == [LINE, "of a library {}"]
     report = succeed("jobs", "report", submitted["id"], "--json").json
     assert report["samples"][0]["adapter"] == "ho"
     shown = succeed("jobs", "report", submitted["id"]).stdout

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from core import exports, housekeeping, registry
+from core import exports, housekeeping, quotas, registry
 from core.auth import LOCAL
 from core.causal_lm import load_causal_lm
 from core.config import Settings
@@ -22,6 +22,7 @@ from tests.support.adapters import base_ref, make_adapter
 from tests.support.api import Api, adapter_files, live_server, pack, running_api
 from tests.support.command_line import succeed
 from tests.support.polling import wait_until
+from tests.support.query_plans import explained
 from tests.support.tiny_model import make_tiny_model
 from worker.exports import Exporter
 
@@ -160,7 +161,7 @@ def test_the_command_follows_an_export_and_saves_its_file(api: Api, tmp_path: Pa
         wait_until(lambda: exports.is_due(api.database, ()), 20, "nothing was asked for")
         held = claim(api, "w")
         assert held is not None
-        exports.succeed(api.database, held, "w", stored(api), api.store)
+        exports.succeed(api.database, held, "w", stored(api), api.store, api.settings)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -196,12 +197,19 @@ def test_an_export_outlives_its_worker_but_not_too_many(api: Api) -> None:
     assert second is not None
     assert (second.export_id, second.attempt) == (first.export_id, 2)
     with pytest.raises(LeaseLost):
-        exports.succeed(api.database, first, "dead", stored(api), api.store)
+        exports.succeed(api.database, first, "dead", stored(api), api.store, api.settings)
     exports.renew(api.database, second, "alive", 60)
     exports.hand_back(api.database, second, "alive", counted=True)
     assert claim(api, "third") is None
     ended = api.client.get(place).json()
     assert (ended["status"], ended["error"]["code"]) == ("failed", "attempts_exhausted")
+
+
+def test_a_worker_without_exports_to_make_asks_one_thing(api: Api) -> None:
+    with explained(api.database) as plans:
+        exporter(api).work()
+    (asked,) = plans.all
+    assert "exports" in asked.statement
 
 
 def test_a_deleted_export_is_given_up_by_its_worker(api: Api) -> None:
@@ -222,6 +230,45 @@ def test_an_export_that_its_child_cannot_make_fails_with_the_reason(api: Api) ->
     assert (ended["status"], ended["error"]["code"]) == ("failed", "model_unreadable")
 
 
+def used_bytes(api: Api) -> int:
+    return int(api.client.get("/usage").json()["quotas"]["stored_bytes"]["used"])
+
+
+def test_what_would_not_fit_beside_what_is_stored_and_being_made_is_refused(api: Api) -> None:
+    api.import_adapter("bot", pack(adapter_files()))
+    before = used_bytes(api)
+    # The base model has 1000 parameters.
+    limit = before + 7000
+    with api.database.session(write=True) as session:
+        quotas.set_quotas(session, api.settings, "default", {"stored_bytes": limit})
+    assert api.client.post(PATH, json={"format": "merged", "dtype": "fp32"}).is_success
+    assert api.client.post(PATH, json={"format": "merged", "dtype": "fp16"}).is_success
+    refused = api.client.post(PATH, json={"format": "merged", "dtype": "bf16"})
+    assert (refused.status_code, refused.json()["code"]) == (403, "quota_exceeded")
+    assert refused.json()["limit"] == {"name": "stored_bytes", "value": limit, "used": before}
+    held = claim(api, "w")
+    assert held is not None
+    exports.succeed(api.database, held, "w", stored(api), api.store, api.settings)
+    assert used_bytes(api) == before + len(b"a model")
+    # It became smaller than expected.
+    assert api.client.post(PATH, json={"format": "merged", "dtype": "bf16"}).is_success
+
+
+def test_an_export_that_became_too_large_fails_and_nothing_of_it_counts(
+    tmp_path: Path, model_dir: Path, adapter_dir: Path
+) -> None:
+    with running_api(tmp_path, quota_stored_bytes=60_000) as api:
+        import_real(api, model_dir, adapter_dir)
+        before = used_bytes(api)
+        asked = api.client.post(PATH, json={"format": "merged", "dtype": "fp32"})
+        place = asked.headers["location"]
+        exporter(api).work()
+        ended = api.client.get(place).json()
+        assert (ended["status"], ended["error"]["code"]) == ("failed", "quota_exceeded")
+        assert used_bytes(api) == before
+        assert ended["bytes"] is None
+
+
 def stored(api: Api) -> Blob:
     return api.store.write_blob([b"a model"], 100)
 
@@ -232,7 +279,7 @@ def test_housekeeping_keeps_a_file_until_its_export_is_past_its_time(api: Api) -
     held = claim(api, "w")
     assert held is not None
     blob = stored(api)
-    exports.succeed(api.database, held, "w", blob, api.store)
+    exports.succeed(api.database, held, "w", blob, api.store, api.settings)
     keeping = api.settings.model_copy(update={"gc_grace_seconds": 1e-9})
     report = housekeeping.clean(api.database, api.store, keeping)
     assert api.store.has_blob(blob.sha256)

@@ -19,7 +19,8 @@ from core.db.session import Database
 from core.errors import Unavailable
 from core.inference.engine import BaseModelRef, Done, EngineStatus, GenerateRequest
 from engine.server import create_app
-from service.engine_client import EnginePool, RemoteEngine
+from service.engine_client import RemoteEngine
+from service.engine_pool import EnginePool
 from service.serving import find_port
 from tests.support.command_line import live_api, succeed, tunesmith
 from tests.support.fake_engine import FakeEngine

@@ -114,6 +114,15 @@ def read_metrics(world: World) -> None:
         assert (len(first.data), len(rest.data)) == (50, 50)
 
 
+def read_a_log(world: World) -> None:
+    with world.database.session() as session:
+        chosen = (owner(SUCCEEDED), job_id(SUCCEEDED))
+        last = jobs.read_log(session, *chosen, limit=10)
+        assert [line.text for line in last.data] == ["a line"] * 10
+        rest = jobs.read_log(session, *chosen, after=last.data[0].id, attempt=2, limit=5)
+        assert (len(rest.data), rest.next_cursor is not None) == (5, True)
+
+
 def submit_with_a_key(world: World) -> None:
     with world.database.session(write=True) as session:
         spec = make_spec(dataset="file-0")
@@ -192,7 +201,7 @@ def train_a_job(world: World) -> None:
         jobs.EventUpdate("note"),
         jobs.MetricUpdate(step=1, loss=1.0),
     ]
-    jobs.record(world.database, claim, "w", updates)
+    jobs.record(world.database, claim, "w", updates, output="a line\n", max_log_bytes=100)
     jobs.fail(world.database, claim, "w", {"code": "broken", "message": ""})
 
 
@@ -221,6 +230,7 @@ ACTS: dict[str, Callable[[World], None]] = {
     "list_by_all": list_jobs(status="succeeded", adapter="bot-80", base_model="tiny"),
     "read_events": read_events,
     "read_metrics": read_metrics,
+    "read_a_log": read_a_log,
     "submit_with_a_key": submit_with_a_key,
     "cancel_and_delete": cancel_and_delete,
     "control_a_job": control_a_job,

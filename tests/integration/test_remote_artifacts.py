@@ -7,13 +7,17 @@ import io
 import tarfile
 from pathlib import Path
 
-from core.artifacts import read_manifest
+import pytest
+
+from core.artifacts import WEIGHTS_FILE, read_manifest
 from core.config import Settings
-from core.inference.engine import AdapterRef
+from core.errors import Conflict
+from core.inference.engine import AdapterRef, Engine
 from core.storage import open_store
+from core.storage.object_store import ObjectStore
 from service import readiness
 from service.doctor import parts
-from tests.support.adapters import base_ref, make_adapter
+from tests.support.adapters import AdapterMaker, base_ref, make_adapter
 from tests.support.api import ROWS, adapter_files, jsonl, pack, running_api
 from tests.support.engine_process import EngineProcess
 from tests.support.engine_world import collect, make_request
@@ -91,6 +95,50 @@ def test_an_engine_fetches_an_adapter_by_its_digest(s3_url: str, tmp_path: Path)
         request = make_request(base_ref(model), adapter, max_new_tokens=4)
         answer = process.run(lambda engine: collect(engine, request))
         assert answer.started.adapter_digest == adapter.digest
+        assert process.stop() == 0, process.log.read_text()
+    finally:
+        process.kill()
+
+
+def test_an_engine_refuses_what_was_changed_in_the_bucket_or_in_its_own_copies(
+    s3_url: str, tmp_path: Path
+) -> None:
+    model = make_tiny_model(tmp_path / "base", seed=1)
+    maker = AdapterMaker(model)
+    paths = [maker.make(tmp_path / f"adapter-{seed}", seed=seed) for seed in (1, 2)]
+    store = open_store(Settings(data_dir=tmp_path / "worker", artifact_url=s3_url))
+    remote, local = (AdapterRef(digest=store.publish_adapter(path).digest) for path in paths)
+    assert isinstance(store, ObjectStore)
+    [weights] = [
+        found.name
+        for found in store._bucket.list(f"adapters/{remote.digest}")
+        if found.name.endswith(WEIGHTS_FILE)
+    ]
+    content = store._bucket.read(weights)
+    assert content is not None
+    # A single bit of a matrix: every name, shape and size stays as it was.
+    store._bucket.put_bytes(weights, content[:-1] + bytes([content[-1] ^ 1]))
+
+    process = EngineProcess(tmp_path / "engine", artifact_url=s3_url)
+    try:
+        process.wait_until_ready()
+        base = base_ref(model)
+
+        async def scenario(engine: Engine) -> None:
+            with pytest.raises(Conflict) as refused:
+                await engine.generate(make_request(base, remote))
+            assert refused.value.code == "artifact_damaged"
+            await collect(engine, make_request(base, local, max_new_tokens=2))
+            assert await engine.unload(local.digest)
+            [copy] = (tmp_path / "engine" / "cache" / "adapters").rglob(WEIGHTS_FILE)
+            stored = bytearray(copy.read_bytes())
+            stored[-1] ^= 1
+            copy.write_bytes(stored)
+            with pytest.raises(Conflict) as refused:
+                await engine.generate(make_request(base, local))
+            assert refused.value.code == "digest_mismatch"
+
+        process.run(scenario)
         assert process.stop() == 0, process.log.read_text()
     finally:
         process.kill()

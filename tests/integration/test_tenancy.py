@@ -52,6 +52,7 @@ def test_a_second_project_sees_nothing_of_the_first(
         "checkpoints": lambda s, p: jobs.checkpoints(s, p, job.id),
         "delete job": lambda s, p: jobs.delete(s, p, job.id),
         "events": lambda s, p: jobs.events(s, p, job.id),
+        "log": lambda s, p: jobs.read_log(s, p, job.id),
         "metrics": lambda s, p: jobs.metrics(s, p, job.id),
         "report": lambda s, p: jobs.report(s, p, job.id),
         "get data set": lambda s, p: datasets.get(s, p, dataset.id),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ def child(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChildProce
     process.close()
 
 
-def run(child: ChildProcess, task: TrainTask, monitor: RecordingMonitor) -> Outcome:
+def run(
+    child: ChildProcess,
+    task: TrainTask,
+    monitor: RecordingMonitor,
+    on_output: Callable[[bytes], None] | None = None,
+) -> Outcome:
     def on_event(frame: dict[str, Any]) -> None:
         monitor.send(frame.pop("event"), **frame)
 
@@ -41,6 +47,7 @@ def run(child: ChildProcess, task: TrainTask, monitor: RecordingMonitor) -> Outc
         on_event=on_event,
         stop_reason=lambda: "cancel" if monitor.should_stop() else None,
         grace_seconds=60,
+        on_output=on_output,
     )
 
 
@@ -73,6 +80,38 @@ def test_the_trainer_stays_warm_through_failure_and_stop(
     assert isinstance(again, Finished)
     assert read_manifest(Path(again.result["artifact_dir"])).digest == digest
     assert child.pid == pid
+
+
+@pytest.mark.parametrize("child", ["core.training.process"], indirect=True)
+def test_the_trainer_writes_what_it_does_as_json_lines(
+    child: ChildProcess, tmp_path: Path, model_path: Path
+) -> None:
+    def log_of(task: TrainTask, monitor: RecordingMonitor) -> list[dict[str, Any]]:
+        written = bytearray()
+        run(child, task, monitor, written.extend)
+        lines = [json.loads(line) for line in written.splitlines()]
+        assert {(line["job_id"], line["attempt"]) for line in lines} == {
+            (task.job_id, task.attempt)
+        }
+        return lines
+
+    task = make_task(tmp_path, model_path)
+    lines = log_of(task, RecordingMonitor())
+    told = [line["event"] for line in lines]
+    assert [line["stage"] for line in lines if line["event"] == "stage_started"] == [
+        "render", "load", "train", "evaluate", "package", "gate",
+    ]  # fmt: skip
+    assert told.count("measured") == 2
+    assert told[-1] == "training_done"
+    (plan,) = (line for line in lines if line["event"] == "training_planned")
+    assert (plan["rows"], plan["dtype"], plan["batch_size"]) == (8, "float32", 2)
+    bad = make_task(tmp_path, model_path, rows=[{"messages": []}])
+    *_, failed = log_of(bad, RecordingMonitor())
+    assert (failed["event"], failed["code"]) == ("training_failed", "invalid_dataset")
+    endless = make_task(tmp_path, model_path, training={"max_steps": 100_000})
+    stopping = RecordingMonitor(lambda event, fields: fields.get("step", 0) >= 2)
+    *_, stopped = log_of(endless, stopping)
+    assert (stopped["event"], stopped["reason"]) == ("training_stopped", "cancel")
 
 
 @pytest.mark.parametrize("child", ["core.data.process"], indirect=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,62 +21,105 @@ def base_ref(model_dir: Path, name: str = "tiny") -> BaseModelRef:
     return BaseModelRef(name=name, digest=digest, path=str(model_dir))
 
 
-def make_adapter(
-    path: Path,
-    model_dir: Path,
-    *,
-    r: int = 4,
-    targets: Sequence[str] = ALL_LINEAR,
-    seed: int = 0,
-    scale: float = 0.3,
-    template: str | None = None,
-) -> Path:
-    """Save a random adapter of a model as a complete artifact.
+class AdapterMaker:
+    """Makes random adapters of one base model, which is read once.
 
     Args:
-        path: Directory, created where needed.
         model_dir: The base model.
-        r: Rank; alpha is twice that.
-        targets: Module names, or ends of them.
-        seed: Of the random matrices.
-        scale: Standard deviation of both matrices; 0 makes an adapter without effect.
-        template: Chat template instead of the base model's.
+
+    Attributes:
+        model: It, without any adapter.
+        tokenizer: Its tokenizer.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    from core.causal_lm import linear_modules
-    from core.data.golden import golden_token_ids
-    from core.data.tokenizer import load_tokenizer
+    def __init__(self, model_dir: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    shapes = linear_modules(model)
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        tuned = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    tuned.save_pretrained(path)
-    (path / "README.md").unlink(missing_ok=True)
-    if template is not None:
-        tokenizer.chat_template = template
-    for name in (artifacts.TOKENIZER_FILE, artifacts.TOKENIZER_CONFIG_FILE):
-        shutil.copyfile(model_dir / name, path / name)
-    if tokenizer.chat_template is not None:
-        (path / artifacts.TEMPLATE_FILE).write_text(tokenizer.chat_template, "utf-8")
-    artifacts.build_manifest(
-        path,
-        base_digest=artifacts.tree_digest(model_dir),
-        golden_token_ids=golden_token_ids(load_tokenizer(model_dir)),
-        linear_modules=shapes,
-    )
-    return path
+        from core.causal_lm import linear_modules
+        from core.data.golden import golden_token_ids
+        from core.data.tokenizer import load_tokenizer
+
+        self._model_dir = model_dir
+        self._digest = artifacts.tree_digest(model_dir)
+        self.tokenizer = load_tokenizer(model_dir)
+        self._golden = golden_token_ids(self.tokenizer)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        self.model.eval()
+        self._shapes = linear_modules(self.model)
+
+    def make(
+        self,
+        path: Path,
+        *,
+        r: int = 4,
+        targets: Sequence[str] = ALL_LINEAR,
+        seed: int = 0,
+        scale: float = 0.3,
+        use_rslora: bool = False,
+        template: str | None = None,
+        look: Callable[[Any], object] = lambda tuned: None,
+    ) -> Path:
+        """Save a random adapter as a complete artifact.
+
+        Args:
+            path: Directory, created where needed.
+            r: Rank; alpha is twice that.
+            targets: Module names, or ends of them.
+            seed: Of the random matrices.
+            scale: Standard deviation of both matrices; 0 makes an adapter without effect.
+            use_rslora: Whether the scale is divided by the rank's square root, not the rank.
+            template: Chat template instead of the base model's.
+            look: Called with PEFT's model before it is forgotten.
+        """
+        import torch
+        from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        config = LoraConfig(
+            r=r,
+            lora_alpha=2 * r,
+            use_rslora=use_rslora,
+            target_modules=list(targets),
+            task_type="CAUSAL_LM",
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            tuned = get_peft_model(self.model, config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in tuned.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        # What PEFT's own `save_pretrained` writes, without a description for people.
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(get_peft_model_state_dict(tuned), path / artifacts.WEIGHTS_FILE)
+        tuned.peft_config["default"].save_pretrained(path)
+        look(tuned.eval())
+        self.take_back(tuned)
+        for name in (artifacts.TOKENIZER_FILE, artifacts.TOKENIZER_CONFIG_FILE):
+            shutil.copyfile(self._model_dir / name, path / name)
+        template = self.tokenizer.chat_template if template is None else template
+        if template is not None:
+            (path / artifacts.TEMPLATE_FILE).write_text(template, "utf-8")
+        artifacts.build_manifest(
+            path,
+            base_digest=self._digest,
+            golden_token_ids=self._golden,
+            linear_modules=self._shapes,
+        )
+        return path
+
+    def take_back(self, tuned: Any) -> None:
+        """Have the model without what PEFT has put into it."""
+        self.model = tuned.unload()
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+
+
+def make_adapter(path: Path, model_dir: Path, **options: Any) -> Path:
+    """Save a random adapter of a model as a complete artifact; see `AdapterMaker.make`."""
+    return AdapterMaker(model_dir).make(path, **options)
 
 
 def reseal(path: Path, **changes: Any) -> Path:

@@ -59,7 +59,8 @@ def refuse(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
 
 
 def break_down(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """Fail without meaning to."""
+    """Fail without meaning to, and tell what nobody should know."""
+    print(f"my environment: {os.environ.get('SOME_SERVICE_TOKEN')}", file=sys.stderr)
     raise RuntimeError("a bug")
 
 
@@ -73,6 +74,25 @@ def crash(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
     channel.send("log", type="crashing", data={})
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
+
+
+def chatter_and_crash_once(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Print much, and die in the middle of a line at the first attempt to train."""
+    if task["attempt"] > 2:
+        return succeed(task, channel)
+    sys.stderr.write("".join(f"line {number}\n" for number in range(100)))
+    sys.stderr.write("the last words, without an end")
+    sys.stderr.flush()
+    return crash(task, channel)
+
+
+def flood(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Print more than anybody will read, and train."""
+    for number in range(30):
+        os.write(2, f"{number:0>99}\n".encode() * 8000)
+    os.write(2, b"the end\n")
+    artifact = write_artifact(Path(task["work_dir"]) / "artifact", task["base"]["digest"])
+    return {"artifact_dir": str(artifact), "report": {}, "provenance": {}}
 
 
 def crash_once(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
@@ -138,6 +158,7 @@ def run_out_of_memory_above_rung_two(task: dict[str, Any], channel: Channel) -> 
 
 def hang(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """Work on, whatever one is asked."""
+    print("hanging from now on")
     channel.send("progress", stage="train", step=1, total_steps=2)
     while True:
         time.sleep(60)

@@ -168,7 +168,49 @@ class EngineContract(LimitsContract):
         assert len(set(beside)) == 3
         assert [several.texts[index] for index in range(3)] == beside
 
+    def test_a_seed_means_the_same_beside_other_adapters(
+        self, harness: Harness, world: World
+    ) -> None:
+        kinds: list[dict[str, Any]] = [
+            {"top_k": 20},
+            {"top_p": 0.9, "repetition_penalty": 1.2},
+            {"min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+        ]
+        requests = [
+            make_request(
+                world.base, adapter, temperature=1.3, seed=number, max_new_tokens=16, logprobs=0,
+                **kind,
+            )
+            for number, kind in enumerate(kinds)
+            for adapter in (None, world.a, world.b)
+        ]  # fmt: skip
+
+        async def scenario(engine: Engine) -> tuple[list[Collected], list[Collected]]:
+            alone = [await collect(engine, request) for request in requests]
+            return alone, await asyncio.gather(*(collect(engine, one) for one in requests))
+
+        alone, beside = harness.run(scenario)
+        assert [answer.token_ids for answer in beside] == [answer.token_ids for answer in alone]
+        assert len({tuple(answer.token_ids) for answer in alone}) == len(requests)
+
     # Ends of an answer.
+
+    def test_characters_are_never_split_between_two_events(
+        self, harness: Harness, world: World
+    ) -> None:
+        pattern = "(🚀|é|漢){6}"
+        request = make_request(
+            world.base, world.a, n=3, temperature=2.0, seed=8, max_new_tokens=60, logprobs=0,
+            response_format={"type": "regex", "regex": pattern},
+        )  # fmt: skip
+        answer = harness.run(lambda engine: collect(engine, request))
+        for index, text in answer.texts.items():
+            assert re.fullmatch(pattern, text)
+            pieces = answer.deltas[index]
+            assert not any("\ufffd" in piece for piece in pieces)
+            # Of a character's tokens all but the last show nothing.
+            assert "" in pieces[:-1]
+            assert len(pieces) > len(text)
 
     def test_a_stop_string_never_shows_not_even_in_part(
         self, harness: Harness, world: World

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import json
+import shutil
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from core.artifacts import read_manifest
+from core.artifacts import CONFIG_FILE, TOKENIZER_CONFIG_FILE, read_manifest
 from core.errors import Conflict, InvalidInput, NotFound, TunesmithError, Unavailable
 from core.inference.engine import (
     AdapterRef,
@@ -18,7 +20,7 @@ from core.inference.engine import (
     GenerateRequest,
     Message,
 )
-from tests.support.adapters import make_adapter
+from tests.support.adapters import make_adapter, reseal
 from tests.support.engine_world import Collected, World, collect, collect_rest, make_request, spoil
 
 MAX_ADAPTERS = 2
@@ -61,6 +63,17 @@ async def is_waiting(engine: Engine, waiting: int) -> bool:
 
 class LimitsContract:
     """See `tests.support.engine_contract.EngineContract`."""
+
+    @pytest.fixture(autouse=True)
+    def _keys_and_values_are_given_back(self, harness: Harness) -> Iterator[None]:
+        """After every test, whatever it has done."""
+        yield
+
+        async def scenario(engine: Engine) -> None:
+            await wait_for(lambda: is_idle(engine), "requests are left over")
+            assert (await engine.status()).row_bytes == 0
+
+        harness.run(scenario)
 
     # Refusals.
 
@@ -155,6 +168,32 @@ class LimitsContract:
             assert [(await collect(engine, r)).text for r in (plain, tuned)] == before
 
         harness.run(scenario)
+
+    @pytest.mark.parametrize("change", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+    def test_what_the_engine_cannot_apply_is_refused_by_its_name(
+        self, harness: Harness, world: World, change: dict[str, Any], tmp_path: Path
+    ) -> None:
+        path = Path(shutil.copytree(world.locate_adapter(world.a.digest), tmp_path / "adapter"))
+        config = path / CONFIG_FILE
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        adapter = world.keep(reseal(path))
+        refused = self._refused(harness, make_request(world.base, adapter))
+        [name] = change
+        assert (type(refused), refused.code) == (Conflict, "invalid_adapter_config")
+        assert refused.field == name
+        assert name in refused.message
+        assert "plain LoRA" in (refused.hint or "")
+
+    @pytest.mark.parametrize("token_id", [-1, 384, 2**40])
+    def test_golden_tokens_that_the_model_does_not_have_are_refused(
+        self, harness: Harness, world: World, token_id: int, tmp_path: Path
+    ) -> None:
+        path = Path(shutil.copytree(world.locate_adapter(world.b.digest), tmp_path / "adapter"))
+        # Another digest than the good one's, whose files these otherwise are.
+        (path / TOKENIZER_CONFIG_FILE).write_text(f'{{"x": {token_id}}}')
+        adapter = world.keep(reseal(path, golden_token_ids=[1, token_id]))
+        refused = self._refused(harness, make_request(world.base, adapter))
+        assert (type(refused), refused.code) == (Conflict, "invalid_manifest")
 
     def test_an_adapter_is_found_by_its_digest_as_soon_as_it_is_published(
         self, harness: Harness, world: World, tmp_path: Path

@@ -14,7 +14,8 @@ from typing import TypeVar
 from core.config import Settings
 from core.errors import Unavailable
 from core.inference.engine import Engine, EngineStatus
-from service.engine_client import EnginePool, RemoteEngine
+from service.engine_client import RemoteEngine
+from service.engine_pool import EnginePool
 from tests.support.polling import wait_until
 
 T = TypeVar("T")

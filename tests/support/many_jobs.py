@@ -2,8 +2,8 @@
 
 The same number gives the same job, so a small and a large database differ in size alone. The newest
 hundredth waits, a few jobs before them run or are paused, all others have ended: 88 % succeeded,
-each with an adapter of its own. Every tenth has 100 measurements. Ids sort as numbers do, and
-before any new one.
+each with an adapter of its own. Every tenth has 100 measurements and as many lines of log. Ids sort
+as numbers do, and before any new one.
 """
 
 from __future__ import annotations
@@ -101,6 +101,14 @@ SELECT 'job-01a' || {padded:n / :each * :every}, 2, n % :each, 0.5, 1.25, 0.0002
 FROM numbers
 """
 
+_LOGS = """
+INSERT INTO job_logs (job_id, end_byte, attempt, text, created_at)
+{numbers}
+SELECT 'job-01a' || {padded:n / :each * :every}, (n % :each + 1) * 7, 2, 'a line
+', {time:n}
+FROM numbers
+"""
+
 _ADAPTERS = """
 INSERT INTO adapters (id, project_id, name, last_version, created_at)
 {numbers}
@@ -188,6 +196,7 @@ def fill(database: Database, jobs: int) -> None:
     _insert(database, _VERSIONS, 0, sizes)
     _insert(database, _EVENTS, jobs * EVENTS_PER_JOB, {"each": EVENTS_PER_JOB})
     _insert(database, _METRICS, points, of_metrics)
+    _insert(database, _LOGS, points, of_metrics)
     _insert(database, _CHECKPOINTS, CHECKPOINTS_PER_JOB + 1, {})
     _insert(database, _KEYS, 0, {})
     _insert(database, _DELIVERIES, 0, {})

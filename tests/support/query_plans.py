@@ -25,6 +25,7 @@ GROWING = frozenset(
         "idempotency_keys",
         "job_checkpoints",
         "job_events",
+        "job_logs",
         "job_metrics",
         "jobs",
         "webhook_deliveries",

@@ -1,17 +1,16 @@
-"""The client's own part: reading a stream, and picking an engine."""
+"""The client's own part: reading a stream."""
 
 from __future__ import annotations
 
 import asyncio
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from core.errors import Conflict, InvalidInput, Unavailable
+from core.errors import InvalidInput, Unavailable
 from core.inference.engine import (
     AdapterRef,
     BaseModelRef,
@@ -23,8 +22,7 @@ from core.inference.engine import (
     Timings,
     parse_engine_address,
 )
-from service.engine_client import EnginePool, RemoteEngine
-from tests.support.fake_engine import FakeEngine
+from service.engine_client import RemoteEngine
 
 BASE = BaseModelRef(name="m", digest="0" * 64, path="/nowhere")
 DONE = Done(
@@ -96,72 +94,6 @@ def test_an_engine_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def make_pool(count: int = 3) -> EnginePool:
-    return EnginePool({f"unix:/run/{number}.sock": FakeEngine() for number in range(count)})
-
-
-def test_an_adapter_has_its_engine_and_keeps_it_when_another_goes() -> None:
-    digests = [f"{number:064x}" for number in range(300)]
-    pool = make_pool(3)
-    chosen = {digest: pool.ranked(digest)[0] for digest in digests}
-    share = Counter(chosen.values())
-    assert len(share) == 3
-    assert min(share.values()) > 60
-
-    gone = "unix:/run/1.sock"
-    smaller = EnginePool({a: e for a, e in pool.engines.items() if a != gone})
-    moved = {d for d in digests if smaller.ranked(d)[0] != chosen[d]}
-    assert moved == {d for d in digests if chosen[d] == gone}
-
-
-def test_requests_go_to_the_adapters_engine_and_base_requests_to_all() -> None:
-    async def main() -> None:
-        pool = make_pool(3)
-        for number in range(30):
-            await pool.generate(make_request("f" * 64, number))
-        used = [address for address, fake in pool.engines.items() if _count(fake)]
-        assert used == pool.ranked("f" * 64)[:1]
-
-        pool = make_pool(3)
-        for number in range(60):
-            await pool.generate(make_request(None, number))
-        assert all(_count(fake) >= 8 for fake in pool.engines.values())
-
-    asyncio.run(main())
-
-
-def test_an_engine_out_of_reach_is_passed_over_but_a_refusal_is_final() -> None:
-    async def main() -> None:
-        pool = make_pool(2)
-        first, second = (pool.engines[address] for address in pool.ranked("f" * 64))
-        assert isinstance(first, FakeEngine)
-        assert isinstance(second, FakeEngine)
-        first.unavailable = Unavailable("gone", code="engine_unavailable")
-        await pool.generate(make_request("f" * 64))
-        assert _count(second) == 1
-        assert (await pool.status()).loads == 1
-
-        first.unavailable = Unavailable("full", code="engine_full")
-        with pytest.raises(Unavailable) as full:
-            await pool.generate(make_request("f" * 64))
-        assert full.value.code == "engine_full"
-
-        first.unavailable = None
-        first.refusals["f" * 64] = Conflict("no", code="base_model_mismatch")
-        with pytest.raises(Conflict):
-            await pool.generate(make_request("f" * 64))
-        assert _count(second) == 1
-
-        for fake in (first, second):
-            fake.unavailable = Unavailable("gone", code="engine_unavailable")
-        with pytest.raises(Unavailable):
-            await pool.status()
-        with pytest.raises(Unavailable):
-            await pool.generate(make_request("f" * 64))
-
-    asyncio.run(main())
-
-
 @pytest.mark.parametrize(
     "address", ["engine:8100", "unix:relative", "https://h:1", "http://h", "http://h:1/x", ""]
 )
@@ -179,15 +111,10 @@ def test_addresses_are_sockets_or_hosts() -> None:
 
 def test_the_client_needs_no_model_library() -> None:
     program = (
-        "import sys, service.engine_client; "
+        "import sys, service.engine_pool; "
         "print([m for m in ('torch', 'transformers', 'peft', 'sqlalchemy') if m in sys.modules])"
     )
     printed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert printed.stdout.strip() == "[]"
-
-
-def _count(engine: object) -> int:
-    assert isinstance(engine, FakeEngine)
-    return len(engine.requests)
