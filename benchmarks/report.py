@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -25,7 +26,7 @@ class Measurement:
         unit: Of both figures, such as `tokens/s` or `ms`.
         ours: Samples of ours.
         peer: Samples of the peer's; empty where there is none.
-        peer_name: What the peer is.
+        peer_name: What the peer is, with its precision.
     """
 
     work: str
@@ -37,13 +38,21 @@ class Measurement:
     @property
     def ratio(self) -> float | None:
         """Ours over the peer's, by medians."""
-        if not self.peer:
+        if not self.peer or not statistics.median(self.peer):
             return None
         return statistics.median(self.ours) / statistics.median(self.peer)
 
 
-def publish(measurements: Sequence[Measurement], path: Path) -> None:
-    """Print a table of medians and write all samples with versions and hardware to `path`."""
+def publish(
+    measurements: Sequence[Measurement], path: Path, versions: Mapping[str, str] | None = None
+) -> None:
+    """Print a table of medians and write all samples with versions and hardware to `path`.
+
+    Args:
+        measurements: In the order of the table.
+        path: The JSON file.
+        versions: Of programs that are not in this environment.
+    """
     table = Table(title="medians")
     for column in ("work", "ours", "peer", "ratio", "peer is"):
         table.add_column(column)
@@ -55,19 +64,15 @@ def publish(measurements: Sequence[Measurement], path: Path) -> None:
             f"{measured.ratio:.2f}" if measured.ratio else "",
             measured.peer_name,
         )
-    Console(width=140).print(table)
+    Console(width=150).print(table)
 
-    packages = ("tunesmith", "torch", "transformers", "trl", "peft")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps(
             {
                 "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-                "cores": psutil.cpu_count(logical=False),
-                "memory_bytes": psutil.virtual_memory().total,
-                "versions": {name: metadata.version(name) for name in packages},
+                **_machine(),
+                "versions": {**_own_versions(), **(versions or {})},
                 "measurements": [{**asdict(m), "ratio": m.ratio} for m in measurements],
             },
             indent=2,
@@ -75,3 +80,31 @@ def publish(measurements: Sequence[Measurement], path: Path) -> None:
         + "\n"
     )
     print(f"All samples: {path}")
+
+
+def _own_versions() -> dict[str, str]:
+    packages = ("tunesmith", "torch", "transformers", "trl", "peft")
+    return {"python": platform.python_version()} | {
+        name: metadata.version(name) for name in packages
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def _processor() -> str:
+    """Return the processor's name and the vector instructions that it has, where Linux says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
+    vectors = [flag for flag in facts.get("flags", "").split() if flag in wanted]
+    return " ".join([facts.get("model name", "").strip(), *vectors])

@@ -1,0 +1,175 @@
+"""Asking a server for streamed answers, and when each token came.
+
+One event loop and plain sockets: a heavier client would take the cores from the server that it
+measures. Every server is asked in its own dialect, and counted in the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from benchmarks.serving.prompts import Prompt
+
+_READ_LIMIT = 2**22
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request.
+
+    Attributes:
+        prompt: What is asked.
+        adapter: Number of the adapter; `None` is the base model.
+        new_tokens: Length of the answer; no end token ends it earlier.
+    """
+
+    prompt: Prompt
+    adapter: int | None
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """When an answer came; all times are of `time.monotonic`, in seconds.
+
+    Attributes:
+        sent: When the request was sent.
+        times: When its pieces came. A piece may have several tokens: those that end within a
+            character come with the next one.
+        tokens: Tokens of the answer.
+        prompt_tokens: Tokens of the prompt, as the server counts them.
+    """
+
+    sent: float
+    times: list[float]
+    tokens: int
+    prompt_tokens: int
+
+    @property
+    def first_token_seconds(self) -> float:
+        """From the request to the first token."""
+        return self.times[0] - self.sent
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between one piece and the next."""
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+
+class Dialect(Protocol):
+    """How one kind of server is asked."""
+
+    def request(self, ask: Ask) -> tuple[str, dict[str, Any]]:
+        """Return path and body."""
+        ...
+
+    def read(self, event: str, data: str) -> tuple[bool, tuple[int, int] | None]:
+        """Read one server-sent event.
+
+        Returns:
+            Whether it brought tokens; and at the end tokens of prompt and answer.
+
+        Raises:
+            RuntimeError: It says that the request failed.
+        """
+        ...
+
+
+class HttpSide:
+    """A server that answers over HTTP.
+
+    Args:
+        name: What it is called in tables.
+        url: Where it listens.
+        dialect: How it is asked.
+    """
+
+    def __init__(self, name: str, url: str, dialect: Dialect) -> None:
+        self.name = name
+        self._address = urlsplit(url)
+        self._dialect = dialect
+
+    def run(self, asks: Sequence[Ask]) -> list[Answer]:
+        """Send all requests at once and return the answers."""
+
+        async def all_at_once() -> list[Answer]:
+            return await asyncio.gather(*map(self.ask, asks))
+
+        return asyncio.run(all_at_once())
+
+    async def ask(self, ask: Ask) -> Answer:
+        """Send one request and return its answer.
+
+        Raises:
+            RuntimeError: The server refuses it or fails.
+        """
+        path, body = self._dialect.request(ask)
+        content = json.dumps(body).encode()
+        sent = time.monotonic()
+        reader, writer = await asyncio.open_connection(
+            self._address.hostname, self._address.port, limit=_READ_LIMIT
+        )
+        try:
+            writer.write(
+                f"POST {path} HTTP/1.1\r\nHost: {self._address.netloc}\r\nConnection: close\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+                + content
+            )
+            status = await reader.readline()
+            if b" 200 " not in status:
+                raise RuntimeError(f"{self.name}: {(await reader.read()).decode()[-2000:]}")
+            lines = [(line, time.monotonic()) async for line in reader]
+        finally:
+            writer.close()
+        return self._read(lines, sent, ask)
+
+    def _read(self, lines: list[tuple[bytes, float]], sent: float, ask: Ask) -> Answer:
+        # The lines between events, of headers and chunks, begin with neither word.
+        times, counts, event = [], None, ""
+        for line, came in lines:
+            if line.startswith(b"event:"):
+                event = line[6:].strip().decode()
+            elif line.startswith(b"data:"):
+                brought, ended = self._dialect.read(event, line[5:].strip().decode())
+                if brought:
+                    times.append(came)
+                counts = ended or counts
+        if counts is None or not times:
+            raise RuntimeError(f"{self.name}: the stream ended before the answer did")
+        if counts[1] != ask.new_tokens or counts[0] != len(ask.prompt.token_ids):
+            raise RuntimeError(f"{self.name}: {counts} tokens of prompt and answer")
+        return Answer(sent, times, tokens=counts[1], prompt_tokens=counts[0])
+
+
+def whole_rate(answers: Sequence[Answer]) -> float:
+    """Return tokens per second of all answers together, the reading of the prompts included."""
+    seconds = max(a.times[-1] for a in answers) - min(a.sent for a in answers)
+    return sum(answer.tokens for answer in answers) / seconds
+
+
+def decode_rate(answers: Sequence[Answer]) -> float:
+    """Return tokens per second while all rows are computed side by side, 0 if they never are.
+
+    That is from the moment when the last of them has its first token until the first of them ends.
+    """
+    start = max(answer.times[0] for answer in answers)
+    end = min(answer.times[-1] for answer in answers)
+    if end <= start:
+        return 0.0
+    tokens = 0.0
+    for answer in answers:
+        pieces = sum(start < time_ <= end for time_ in answer.times)
+        tokens += pieces * answer.tokens / len(answer.times)
+    return tokens / (end - start)
+
+
+def prompt_rate(answers: Sequence[Answer]) -> float:
+    """Return prompt tokens per second until the last of the rows has its first token."""
+    seconds = max(a.times[0] for a in answers) - min(a.sent for a in answers)
+    return sum(answer.prompt_tokens for answer in answers) / seconds
