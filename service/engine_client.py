@@ -1,4 +1,4 @@
-"""Engines in other processes: a client of one, and a pool that picks among several.
+"""An engine in another process, and a client's view of it.
 
 Owns the client's end of the engine's wire format; `engine/server.py` is the other. Knows no torch
 and no database.
@@ -7,24 +7,21 @@ and no database.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import httpx2
 from pydantic import TypeAdapter, ValidationError
 
-from core.config import Settings
 from core.errors import TunesmithError, Unauthorized, Unavailable, from_wire, to_wire
 from core.inference.engine import (
     ENGINE_SECRET_HEADER,
     AdapterRef,
     BaseModelRef,
     Done,
-    Engine,
     EngineEvent,
     EngineStatus,
     EventStream,
@@ -42,12 +39,7 @@ _KEEPALIVE_SECONDS = 2.0
 # Admission is the engine's business; connections are only bounded against a run-away.
 _MAX_CONNECTIONS = 1024
 
-# While the shared secret is changed, some engines have the old one.
-_OUT_OF_REACH = frozenset({"engine_unavailable", "engine_secret_wrong"})
-
 _EVENT: TypeAdapter[EngineEvent] = TypeAdapter(EngineEvent)
-
-T = TypeVar("T")
 
 
 class RemoteEngine:
@@ -183,122 +175,6 @@ class _RemoteStream:
         line = bytes(self._pending[:end])
         del self._pending[: end + 1]
         return line
-
-
-class EnginePool:
-    """Several engines as one: an adapter has its engine, so that it stays warm there.
-
-    The engine of an adapter is the one with the highest hash of (address, digest), rendezvous
-    hashing (Thaler & Ravishankar, 1998): when an engine comes or goes, only its share moves. An
-    engine that cannot be reached, or has another secret, is passed over. Requests for the base
-    model are spread evenly.
-
-    Args:
-        engines: By address, at least one.
-    """
-
-    def __init__(self, engines: dict[str, Engine]) -> None:
-        if not engines:
-            raise ValueError("a pool needs an engine")
-        self.engines = engines
-
-    @classmethod
-    def from_settings(cls, settings: Settings) -> Self:
-        """Return a pool of the configured engines."""
-        return cls(
-            {
-                address: RemoteEngine(
-                    address,
-                    secret=settings.engine_secret.get_secret_value(),
-                    timeout_seconds=settings.generate_timeout_seconds,
-                )
-                for address in settings.engine_addresses
-            }
-        )
-
-    async def aclose(self) -> None:
-        """Close the connections to all engines."""
-        for engine in self.engines.values():
-            if isinstance(engine, RemoteEngine):
-                await engine.aclose()
-
-    async def generate(self, request: GenerateRequest) -> EventStream:
-        """Start a request on the best engine that can be reached; see `Engine.generate`."""
-        key = request.adapter.digest if request.adapter else request.request_id
-        return await self._first_reachable(key, lambda engine: engine.generate(request))
-
-    async def load(
-        self, base_model: BaseModelRef, adapter: AdapterRef, *, keep: bool = False
-    ) -> ResidentAdapter:
-        """Make an adapter resident where its requests will go; see `Engine.load`."""
-        return await self._first_reachable(
-            adapter.digest, lambda engine: engine.load(base_model, adapter, keep=keep)
-        )
-
-    async def unload(self, digest: str) -> int:
-        """Forget an adapter everywhere; see `Engine.unload`. Engines out of reach are left out."""
-        return sum(await self._ask_all(lambda engine: engine.unload(digest)))
-
-    async def release(self, digest: str) -> bool:
-        """Keep an adapter no longer anywhere; see `Engine.release`."""
-        return any(await self._ask_all(lambda engine: engine.release(digest)))
-
-    async def status(self) -> EngineStatus:
-        """Return the sum over the engines that can be reached; see `Engine.status`."""
-        return _sum(await self._ask_all(lambda engine: engine.status()))
-
-    def ranked(self, key: str) -> list[str]:
-        """Return all addresses, the best one for `key` first."""
-        return sorted(self.engines, key=lambda address: _weight(address, key), reverse=True)
-
-    async def _first_reachable(self, key: str, ask: Callable[[Engine], Awaitable[T]]) -> T:
-        *better, last = self.ranked(key)
-        for address in better:
-            try:
-                return await ask(self.engines[address])
-            except Unavailable as error:
-                if error.code not in _OUT_OF_REACH:
-                    raise
-        return await ask(self.engines[last])
-
-    async def _ask_all(self, ask: Callable[[Engine], Awaitable[T]]) -> list[T]:
-        async def outcome(engine: Engine) -> T | Unavailable:
-            try:
-                return await ask(engine)
-            except Unavailable as error:
-                return error
-
-        outcomes = await asyncio.gather(*(outcome(engine) for engine in self.engines.values()))
-        answers = [answer for answer in outcomes if not isinstance(answer, Unavailable)]
-        if not answers:
-            raise next(answer for answer in outcomes if isinstance(answer, Unavailable))
-        return answers
-
-
-def _weight(address: str, key: str) -> bytes:
-    return hashlib.sha256(f"{address}\n{key}".encode()).digest()
-
-
-def _sum(statuses: Sequence[EngineStatus]) -> EngineStatus:
-    precision: dict[str, str] = {}
-    for status in statuses:
-        precision |= status.precision
-    # All whole numbers of a status are counts and sizes.
-    counts = {
-        name: sum(getattr(status, name) for status in statuses)
-        for name, field in EngineStatus.model_fields.items()
-        if field.annotation is int
-    }
-    return EngineStatus(
-        ready=any(status.ready for status in statuses),
-        device=", ".join(sorted({status.device for status in statuses if status.ready})),
-        base_models=sorted({digest for status in statuses for digest in status.base_models}),
-        precision=precision,
-        adapters=[adapter for status in statuses for adapter in status.adapters],
-        evicted=[adapter for status in statuses for adapter in status.evicted],
-        warnings=sorted({warning for status in statuses for warning in status.warnings}),
-        **counts,
-    )
 
 
 def _error_of(status_code: int, body: bytes) -> TunesmithError:

@@ -59,11 +59,13 @@ def check_engine(settings: Settings, address: str) -> str:
     Raises:
         TunesmithError: It cannot be reached, refuses our secret or still loads.
     """
-    from service.engine_client import RemoteEngine
+    from service.engine_pool import open_engine
+    from service.vllm_engine_front import FrontProcess
 
     async def ask() -> str:
-        secret = settings.engine_secret.get_secret_value()
-        engine = RemoteEngine(address, secret=secret, timeout_seconds=_TIMEOUT_SECONDS)
+        engine = open_engine(
+            settings, address, front=FrontProcess(), timeout_seconds=_TIMEOUT_SECONDS
+        )
         try:
             async with asyncio.timeout(_TIMEOUT_SECONDS):
                 status = await engine.status()

@@ -93,33 +93,55 @@ static void remember(const Attention *a, float *qkv, void *cache, int64_t slot, 
     }
 }
 
-/* Scores of one query for positions from 0 on, four at a time. */
-INLINE void score(const float *query, const void *cache, size_t place, size_t stride, int positions,
-                  int width, float scale, const int half, float *scores) {
+/* Query heads that are computed together, and how far ahead their keys and values are fetched. */
+enum { TOGETHER = 3, AHEAD = 16 };
+
+INLINE void fetch(const void *cache, size_t index, int numbers, const int half) {
+    const char *line = (const char *)cache + index * (half ? 2 : 4);
+    for (int i = 0; i < numbers * (half ? 2 : 4); i += 64)
+        _mm_prefetch(line + i, _MM_HINT_T0);
+}
+
+/* Scores of some neighbouring query heads for positions from 0 on, four at a time. */
+INLINE void score(const float *queries, const void *cache, size_t place, size_t stride,
+                  int positions, int width, float scale, const int heads, const int half,
+                  float *scores, int scores_stride) {
     int p = 0;
     for (; p + 4 <= positions; p += 4) {
-        __m256 sum[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            sum[j] = _mm256_setzero_ps();
-        for (int i = 0; i < width; i += 8) {
-            __m256 q = _mm256_loadu_ps(query + i);
+        __m256 sum[TOGETHER][4];
+#pragma GCC unroll 3
+        for (int h = 0; h < heads; h++)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++)
-                sum[j] = _mm256_fmadd_ps(q, load8(cache, place + (size_t)(p + j) * stride + i, half),
-                                         sum[j]);
-        }
-        __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sum[0], sum[1]), _mm256_hadd_ps(sum[2], sum[3]));
-        __m128 all = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-        _mm_storeu_ps(scores + p, _mm_mul_ps(all, _mm_set1_ps(scale)));
-    }
-    for (; p < positions; p++) {
-        __m256 sum = _mm256_setzero_ps();
+                sum[h][j] = _mm256_setzero_ps();
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            fetch(cache, place + (size_t)(p + j + AHEAD) * stride, width, half);
         for (int i = 0; i < width; i += 8)
-            sum = _mm256_fmadd_ps(_mm256_loadu_ps(query + i),
-                                  load8(cache, place + (size_t)p * stride + i, half), sum);
-        scores[p] = sum8(sum) * scale;
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                __m256 key = load8(cache, place + (size_t)(p + j) * stride + i, half);
+#pragma GCC unroll 3
+                for (int h = 0; h < heads; h++)
+                    sum[h][j] =
+                        _mm256_fmadd_ps(_mm256_loadu_ps(queries + h * width + i), key, sum[h][j]);
+            }
+#pragma GCC unroll 3
+        for (int h = 0; h < heads; h++) {
+            __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sum[h][0], sum[h][1]),
+                                          _mm256_hadd_ps(sum[h][2], sum[h][3]));
+            __m128 all = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+            _mm_storeu_ps(scores + h * scores_stride + p, _mm_mul_ps(all, _mm_set1_ps(scale)));
+        }
     }
+    for (; p < positions; p++)
+        for (int h = 0; h < heads; h++) {
+            __m256 sum = _mm256_setzero_ps();
+            for (int i = 0; i < width; i += 8)
+                sum = _mm256_fmadd_ps(_mm256_loadu_ps(queries + h * width + i),
+                                      load8(cache, place + (size_t)p * stride + i, half), sum);
+            scores[h * scores_stride + p] = sum8(sum) * scale;
+        }
 }
 
 /* Turn scores into weights that sum up to 1; the array has room for a multiple of 8. */
@@ -147,50 +169,83 @@ static void soften(float *scores, int positions) {
         _mm256_storeu_ps(scores + p, _mm256_mul_ps(_mm256_loadu_ps(scores + p), share));
 }
 
-/* Sum up values by weight; `vectors` eights of columns stay in registers. */
-INLINE void mix(const float *weights, const void *cache, size_t place, size_t stride, int positions,
-                const int vectors, const int half, float *result) {
-    __m256 sum[8];
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; j++)
-        sum[j] = _mm256_setzero_ps();
-    for (int p = 0; p < positions; p++) {
-        __m256 weight = _mm256_broadcast_ss(weights + p);
-#pragma GCC unroll 8
+/* Sum up values by weight, for some heads; `vectors` eights of columns stay in registers. */
+INLINE void mix(const float *weights, int weights_stride, const void *cache, size_t place,
+                size_t stride, int positions, const int vectors, const int heads, const int half,
+                float *result, int width) {
+    __m256 sum[TOGETHER][4];
+#pragma GCC unroll 3
+    for (int h = 0; h < heads; h++)
+#pragma GCC unroll 4
         for (int j = 0; j < vectors; j++)
-            sum[j] = _mm256_fmadd_ps(weight, load8(cache, place + (size_t)p * stride + 8 * j, half),
-                                     sum[j]);
+            sum[h][j] = _mm256_setzero_ps();
+    for (int p = 0; p < positions; p++) {
+        fetch(cache, place + (size_t)(p + AHEAD) * stride, 8 * vectors, half);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) {
+            __m256 value = load8(cache, place + (size_t)p * stride + 8 * j, half);
+#pragma GCC unroll 3
+            for (int h = 0; h < heads; h++)
+                sum[h][j] = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + h * weights_stride + p),
+                                            value, sum[h][j]);
+        }
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; j++)
-        _mm256_storeu_ps(result + 8 * j, sum[j]);
+#pragma GCC unroll 3
+    for (int h = 0; h < heads; h++)
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++)
+            _mm256_storeu_ps(result + h * width + 8 * j, sum[h][j]);
 }
 
-INLINE void attend_as(const Attention *a, const float *queries, const void *cache, int64_t slot,
-                      int kv_head, int positions, float *scores, float *mixed, const int half) {
-    int width = a->head_dim, each = a->heads / a->kv_heads;
-    size_t stride = (size_t)2 * a->kv_heads * width;
-    size_t keys = place_of(a, slot, 0) + (size_t)kv_head * width;
-    size_t values = keys + (size_t)a->kv_heads * width;
-    float scale = 1.0f / sqrtf((float)width);
-    for (int h = kv_head * each; h < (kv_head + 1) * each; h++) {
-        score(queries + h * width, cache, keys, stride, positions, width, scale, half, scores);
-        soften(scores, positions);
-        int i = 0;
-        for (; i + 64 <= width; i += 64)
-            mix(scores, cache, values + i, stride, positions, 8, half, mixed + h * width + i);
-        for (; i < width; i += 8)
-            mix(scores, cache, values + i, stride, positions, 1, half, mixed + h * width + i);
-    }
+/* What a step's attention reads and writes. */
+typedef struct {
+    const float *queries; /* of the first of some neighbouring heads */
+    const void *cache;
+    size_t keys, values, stride;
+    int positions, width;
+    float *scores;
+    int scores_stride;
+    float *mixed;
+} Heads;
+
+INLINE void attend_as(const Heads *t, const int heads, const int half) {
+    score(t->queries, t->cache, t->keys, t->stride, t->positions, t->width,
+          1.0f / sqrtf((float)t->width), heads, half, t->scores, t->scores_stride);
+    for (int h = 0; h < heads; h++)
+        soften(t->scores + h * t->scores_stride, t->positions);
+    int i = 0;
+    for (; i + 32 <= t->width; i += 32)
+        mix(t->scores, t->scores_stride, t->cache, t->values + i, t->stride, t->positions, 4, heads,
+            half, t->mixed + i, t->width);
+    for (; i < t->width; i += 8)
+        mix(t->scores, t->scores_stride, t->cache, t->values + i, t->stride, t->positions, 1, heads,
+            half, t->mixed + i, t->width);
 }
+
+/* One function for each number of heads and type of cache. */
+#define ATTEND(heads, half)                                                                       \
+    static __attribute__((noinline)) void attend_##heads##_##half(const Heads *t) {               \
+        attend_as(t, heads, half);                                                                \
+    }
+ATTEND(1, 0) ATTEND(2, 0) ATTEND(3, 0) ATTEND(1, 1) ATTEND(2, 1) ATTEND(3, 1)
+static void (*const attends[2][TOGETHER + 1])(const Heads *) = {
+    {NULL, attend_1_0, attend_2_0, attend_3_0}, {NULL, attend_1_1, attend_2_1, attend_3_1}};
 
 /* What the query heads of one key-value head see of a row's first positions. */
 static void attend(const Attention *a, const float *queries, const void *cache, int64_t slot,
-                   int kv_head, int positions, float *scores, float *mixed) {
-    if (a->half)
-        attend_as(a, queries, cache, slot, kv_head, positions, scores, mixed, 1);
-    else
-        attend_as(a, queries, cache, slot, kv_head, positions, scores, mixed, 0);
+                   int kv_head, int positions, float *scores, int scores_stride, float *mixed) {
+    int width = a->head_dim, each = a->heads / a->kv_heads;
+    size_t keys = place_of(a, slot, 0) + (size_t)kv_head * width;
+    for (int first = 0; first < each; first += TOGETHER) {
+        int heads = each - first < TOGETHER ? each - first : TOGETHER;
+        size_t offset = (size_t)(kv_head * each + first) * width;
+        Heads task = {.queries = queries + offset, .cache = cache, .keys = keys,
+                      .values = keys + (size_t)a->kv_heads * width,
+                      .stride = (size_t)2 * a->kv_heads * width, .positions = positions,
+                      .width = width, .scores = scores, .scores_stride = scores_stride,
+                      .mixed = mixed + offset};
+        attends[a->half][heads](&task);
+    }
 }
 
 /* silu(gate) times up, in place of the gate (Shazeer, 2020). */

@@ -62,7 +62,7 @@ typedef struct {
     const Model *model;
     const Pass *pass;
     Team *team;
-    int phase;
+    int phase, score_width;
     float *hidden, *qkv, *mixed, *gate_up, *low; /* shared, a row for each token */
     float *norms, *scores;                       /* the member's own */
 } Work;
@@ -161,7 +161,7 @@ static void compute_layer(Work *w, int index) {
     for (int i; (i = next_task(w->team, w->phase)) < pass->tokens * m->kv_heads;) {
         int t = i / m->kv_heads;
         attend(&attention, w->qkv + (size_t)t * qkv_width, pass->cache[index], pass->slots[t],
-               i % m->kv_heads, (int)pass->positions[t] + 1, w->scores,
+               i % m->kv_heads, (int)pass->positions[t] + 1, w->scores, w->score_width,
                w->mixed + (size_t)t * mixed_width);
     }
     meet(w->team, w->phase++);
@@ -205,7 +205,7 @@ typedef struct {
 } Task;
 
 static size_t member_floats(const Pass *pass, int score_width) {
-    return (size_t)pass->tokens + 8 + (size_t)score_width;
+    return (size_t)pass->tokens + (size_t)TOGETHER * score_width;
 }
 
 static void compute(Team *team, int member, void *given) {
@@ -214,7 +214,7 @@ static void compute(Team *team, int member, void *given) {
     const Pass *pass = task->pass;
     size_t tokens = (size_t)pass->tokens;
     int mixed_width = m->heads * m->head_dim;
-    Work w = {.model = m, .pass = pass, .team = team};
+    Work w = {.model = m, .pass = pass, .team = team, .score_width = task->score_width};
     float *next = task->decoder->space;
     w.hidden = next, next += tokens * m->width;
     w.qkv = next, next += tokens * (mixed_width + 2 * m->kv_heads * m->head_dim);

@@ -1,0 +1,277 @@
+"""The events of one request to a vLLM server, from its server-sent events.
+
+Owns where answers end by stop strings, and what the server's chunks mean. Knows nothing of how a
+request came to be sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import httpx2
+
+from core.errors import TunesmithError, Unavailable, to_wire
+from core.inference.engine import (
+    Delta,
+    Done,
+    EngineEvent,
+    Failed,
+    Finished,
+    FinishReason,
+    SamplingParams,
+    Started,
+    Timings,
+    TokenLogprob,
+)
+from core.inference.stop_strings import StopStrings
+
+_TOKEN_PREFIX = "token_id:"
+_END = "[DONE]"
+
+
+@dataclass
+class Clock:
+    """When a request reached which stage, in monotonic seconds."""
+
+    deadline_seconds: float | None = None
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float = 0.0
+    loaded: float = 0.0
+    first_token: float = 0.0
+
+    def remaining(self) -> float | None:
+        """Return the seconds until the deadline; `None` without one."""
+        if self.deadline_seconds is None:
+            return None
+        return max(0.0, self.submitted + self.deadline_seconds - time.monotonic())
+
+    def timings(self) -> Timings:
+        """Return what the request took until now."""
+        now = time.monotonic()
+        return Timings(
+            queue_ms=(self.admitted - self.submitted) * 1000,
+            load_ms=(self.loaded - self.admitted) * 1000,
+            first_token_ms=((self.first_token or now) - self.submitted) * 1000,
+            total_ms=(now - self.submitted) * 1000,
+        )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Tokens of a request that ended or was left.
+
+    Attributes:
+        prompt: Of its prompt.
+        reused: Those of them that the server took from its prefix cache, as far as it tells.
+        completion: Of all its answers.
+    """
+
+    prompt: int
+    reused: int
+    completion: int
+
+
+@dataclass
+class _Answer:
+    stops: StopStrings
+    tokens: int = 0
+    ended: bool = False
+    cut: bool = False
+
+
+class VllmStream:
+    """See `core.inference.engine.EventStream`.
+
+    Args:
+        response: Open, with status 200.
+        started: The first event.
+        sampling: What was asked for.
+        name_tokens: Token ids → their own texts.
+        clock: Of the request.
+        on_end: Called once, when the request has ended or was left.
+    """
+
+    def __init__(
+        self,
+        response: httpx2.Response,
+        *,
+        started: Started,
+        sampling: SamplingParams,
+        name_tokens: Callable[[list[int]], Awaitable[list[str]]],
+        clock: Clock,
+        on_end: Callable[[Totals], None],
+    ) -> None:
+        self._response = response
+        self._frames = _frames(response)
+        self._name_tokens = name_tokens
+        self._logprobs = sampling.logprobs
+        self._clock = clock
+        self._on_end = on_end
+        self._prompt_tokens = started.prompt_tokens
+        self._reused_tokens = 0
+        self._answers = [_Answer(StopStrings(sampling.stop)) for _ in range(sampling.n)]
+        self._events: deque[EngineEvent] = deque([started])
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> EngineEvent:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            async with asyncio.timeout(self._clock.remaining() if not self._events else None):
+                while not self._events:
+                    await self._read()
+        except TimeoutError:
+            self._events.append(Failed(error=to_wire(too_late())))
+        except TunesmithError as error:
+            self._events.append(Failed(error=to_wire(error)))
+        except (httpx2.TransportError, httpx2.StreamError, ValueError, LookupError, TypeError):
+            self._events.append(Failed(error=to_wire(_lost())))
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        event = self._events.popleft()
+        if isinstance(event, Done | Failed):
+            await self.aclose()
+        return event
+
+    async def aclose(self) -> None:
+        """Cancel the request unless it has ended."""
+        if not self._ended:
+            self._ended = True
+            completion = sum(answer.tokens for answer in self._answers)
+            self._on_end(Totals(self._prompt_tokens, self._reused_tokens, completion))
+        await self._response.aclose()
+
+    async def _read(self) -> None:
+        """Turn one frame of the server into events.
+
+        Raises:
+            TunesmithError: The server says that it failed, or ended without saying so.
+        """
+        frame = await anext(self._frames, None)
+        if frame is None or "error" in frame:
+            # The server's own words may hold what was asked; its log has them.
+            raise _lost()
+        for choice in frame["choices"]:
+            answer = self._answers[choice["index"]]
+            if not answer.ended:
+                await self._take(answer, choice)
+        if all(answer.ended for answer in self._answers):
+            if not any(answer.cut for answer in self._answers):
+                # To its end, so that the connection can be used again.
+                async for last in self._frames:
+                    self._note_usage(last.get("usage"))
+            self._finish()
+
+    def _note_usage(self, usage: dict[str, Any] | None) -> None:
+        details = (usage or {}).get("prompt_tokens_details") or {}
+        self._reused_tokens = details.get("cached_tokens") or self._reused_tokens
+
+    async def _take(self, answer: _Answer, choice: dict[str, Any]) -> None:
+        index = choice["index"]
+        ids = choice.get("token_ids") or []
+        if ids and not self._clock.first_token:
+            self._clock.first_token = time.monotonic()
+        answer.tokens += len(ids)
+        logprobs = await self._entries(choice.get("logprobs"))
+        text, answer.cut = answer.stops.push(choice["text"])
+        reason = "stop" if answer.cut else _reason(choice.get("finish_reason"))
+        if reason is not None and not answer.cut:
+            text += answer.stops.flush()
+        if text or logprobs:
+            self._events.append(Delta(index=index, text=text, logprobs=logprobs))
+        if reason is not None:
+            answer.ended = True
+            self._events.append(
+                Finished(index=index, finish_reason=reason, completion_tokens=answer.tokens)
+            )
+
+    def _finish(self) -> None:
+        self._events.append(
+            Done(
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=sum(answer.tokens for answer in self._answers),
+                timings=self._clock.timings(),
+            )
+        )
+
+    async def _entries(self, logprobs: dict[str, Any] | None) -> list[TokenLogprob]:
+        if self._logprobs is None or not logprobs:
+            return []
+        chosen = [_token_id(token) for token in logprobs["tokens"]]
+        best = [
+            sorted(((_token_id(token), value) for token, value in top.items()), key=_best_first)
+            for top in logprobs["top_logprobs"]
+        ]
+        # Besides the best, the server names the chosen token.
+        best = [top[: self._logprobs] for top in best]
+        wanted = sorted({*chosen, *(id_ for top in best for id_, _ in top)})
+        texts = dict(zip(wanted, await self._name_tokens(wanted), strict=True))
+        return [
+            TokenLogprob(
+                token=texts[id_],
+                token_id=id_,
+                logprob=value,
+                top=[(other, texts[other], logprob) for other, logprob in top],
+            )
+            for id_, value, top in zip(chosen, logprobs["token_logprobs"], best, strict=True)
+        ]
+
+
+async def _frames(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
+    """Yield what the server sends."""
+    pending = bytearray()
+    # By bytes: what httpx calls lines also ends at characters that occur inside JSON strings.
+    async for chunk in response.aiter_bytes():
+        pending += chunk
+        while (end := pending.find(b"\n")) >= 0:
+            line = pending[:end].decode("utf-8").strip()
+            del pending[: end + 1]
+            # Besides data there are blank lines, and comments that keep the connection.
+            data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+            if data and data != _END:
+                yield json.loads(data)
+
+
+def _reason(stated: str | None) -> FinishReason | None:
+    match stated:
+        case None:
+            return None
+        case "stop" | "length":
+            return stated
+        case _:
+            # Such as `abort`, when the server is shut down.
+            raise _lost()
+
+
+def _token_id(token: str) -> int:
+    return int(token.removeprefix(_TOKEN_PREFIX))
+
+
+def _best_first(entry: tuple[int, float]) -> tuple[float, int]:
+    id_, logprob = entry
+    return -logprob, id_
+
+
+def too_late() -> Unavailable:
+    """Return the error of a request whose deadline has passed."""
+    return Unavailable(
+        "the request was not complete within its deadline",
+        code="deadline_exceeded",
+        hint="Allow more time, ask for fewer tokens, or send the request again later.",
+    )
+
+
+def _lost() -> Unavailable:
+    return Unavailable(
+        "the engine was lost while it answered", code="engine_lost", hint="Send the request again."
+    )
