@@ -185,6 +185,11 @@ class Settings(BaseSettings):
     vllm_max_lora_rank: int = Field(
         0, ge=0, description="Their `--max-lora-rank`, which jobs may not exceed; 0 is not known."
     )
+    vllm_on_cpu: bool = Field(
+        False,
+        description="Whether vLLM servers compute on CPUs. Requests without an adapter then go with"
+        " one of zeros: vLLM up to 0.32 computes them there with another one's weights otherwise.",
+    )
     vllm_max_rows: int = Field(
         256, ge=1, description="Answers of one vLLM server at a time, for each API process."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from service.vllm_engine_base import ServedBases
 from service.vllm_engine_fields import completion_body
 from service.vllm_engine_front import FrontProcess
 from service.vllm_engine_http import ModelCard, ModelMissing, VllmServer, parse_vllm_address
+from service.vllm_engine_plain import PlainModels
 from service.vllm_engine_stream import Clock, Totals, VllmStream, too_late
 from service.vllm_engine_turns import Turns
 
@@ -52,6 +53,7 @@ class VllmEngine:
         max_rows: Answers that are computed at a time.
         max_waiting: Requests that may wait; further ones are refused.
         timeout_seconds: Longest silence of the server while it works on a request.
+        neutral_root: As `PlainModels` has it.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class VllmEngine:
         max_rows: int = 256,
         max_waiting: int = 64,
         timeout_seconds: float = 600.0,
+        neutral_root: Path | None = None,
     ) -> None:
         self.address = address
         url = parse_vllm_address(address)
@@ -74,10 +77,11 @@ class VllmEngine:
         self._front = front
         self._precision = precision
         self._bases = ServedBases()
+        self._plain = PlainModels(self._server, front, neutral_root)
         self._turns = Turns(max_rows, max_waiting)
         limit = Budgets(adapters=adapter_bytes).within(usable_memory_bytes()).adapters
         self._adapters = VllmAdapters(
-            self._server, self._bases, front, locate_adapter, max_adapters, limit
+            self._server, self._bases, self._plain, front, locate_adapter, max_adapters, limit
         )
         self._prompt_tokens = 0
         self._reused_tokens = 0
@@ -183,18 +187,26 @@ class VllmEngine:
             # Asked after that, and each time: it may have been restarted, with another model.
             cards = await self._server.models()
             card = await self._bases.find(cards, request.base_model)
-            if hold is not None:
-                listed = _adapter_names(cards)
-                await self._adapters.ensure_listed(request.base_model, hold.key, listed)
+            model = await self._ensure(request, hold, card, _adapter_names(cards))
             clock.loaded = time.monotonic()
-            return await self._start(request, card, hold, clock, end)
+            return await self._start(request, model, card, hold, clock, end)
         except BaseException:
             end()
             raise
 
+    async def _ensure(
+        self, request: GenerateRequest, hold: Hold | None, card: ModelCard, listed: Collection[str]
+    ) -> str:
+        """Return the server's name of what computes a request, loading it where it is missing."""
+        if hold is None:
+            return await self._plain.ensure(request.base_model, card.id, listed)
+        await self._adapters.ensure_listed(request.base_model, hold.key, listed)
+        return name_of(hold.key.digest)
+
     async def _start(
         self,
         request: GenerateRequest,
+        model: str,
         card: ModelCard,
         hold: Hold | None,
         clock: Clock,
@@ -208,8 +220,9 @@ class VllmEngine:
             context_length=card.max_model_len or _UNLIMITED_CONTEXT,
             directory=await self._adapters.directory(adapter.digest) if adapter else None,
         )
+        texts = await self._front.texts.get(base)
         body = completion_body(
-            model=name_of(adapter.digest) if adapter else card.id,
+            model=model,
             ids=prompt["ids"],
             max_new_tokens=prompt["max_new_tokens"],
             end_ids=prompt["end_ids"],
@@ -220,13 +233,8 @@ class VllmEngine:
             response = await self._server.stream(body)
         except ModelMissing:
             # Restarted, or unloaded by another process, in this very moment.
-            if hold is not None:
-                await self._adapters.ensure_listed(base, hold.key, ())
+            await self._ensure(request, hold, card, ())
             response = await self._again(body)
-
-        async def name_tokens(ids: list[int]) -> list[str]:
-            named = await self._front.ask("name_tokens", base=base.model_dump(), ids=ids)
-            return list(named["texts"])
 
         started = Started(
             prompt_tokens=len(prompt["ids"]),
@@ -237,8 +245,8 @@ class VllmEngine:
         return VllmStream(
             response,
             started=started,
-            sampling=request.sampling,
-            name_tokens=name_tokens,
+            answers=texts.open_answers(request, prompt),
+            logprobs=request.sampling.logprobs,
             clock=clock,
             on_end=on_end,
         )

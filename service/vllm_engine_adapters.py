@@ -22,6 +22,7 @@ from service.vllm_engine_base import BASE_MODEL_NOT_SERVED, ServedBases
 from service.vllm_engine_fields import effect_body
 from service.vllm_engine_front import FrontProcess
 from service.vllm_engine_http import ModelMissing, VllmServer
+from service.vllm_engine_plain import PlainModels
 
 # Of an adapter's golden tokens, as many as our own engine looks at.
 _MAX_GOLDEN_TOKENS = 16
@@ -45,6 +46,7 @@ class VllmAdapters:
     Args:
         server: The server.
         bases: Tells which of its models is which.
+        plain: Tells what computes without an adapter.
         front: Checks adapters.
         locate_adapter: Digest → directory of its files, under the path that the server sees, too.
         max_adapters: Adapters that are loaded at a time.
@@ -55,6 +57,7 @@ class VllmAdapters:
         self,
         server: VllmServer,
         bases: ServedBases,
+        plain: PlainModels,
         front: FrontProcess,
         locate_adapter: Callable[[str], Path],
         max_adapters: int,
@@ -62,6 +65,7 @@ class VllmAdapters:
     ) -> None:
         self._server = server
         self._bases = bases
+        self._plain = plain
         self._front = front
         self._locate_adapter = locate_adapter
         self.bank = AdapterBank(max_adapters, self._on_evict, max_bytes=max_bytes)
@@ -214,7 +218,9 @@ class VllmAdapters:
             await self._server.load_adapter(name, directory)
             try:
                 golden = admitted["golden_token_ids"][:_MAX_GOLDEN_TOKENS]
-                await self._check_effect(card.id, name, golden)
+                names = {other.id for other in cards}
+                plain = await self._plain.ensure(base_model, card.id, names)
+                await self._check_effect(plain, name, golden)
             except BaseException:
                 with suppress(TunesmithError):
                     await asyncio.shield(self._server.unload_adapter(name))

@@ -22,6 +22,7 @@ from core.child import (
 from core.errors import InvalidInput, Unavailable, from_wire
 from core.lifeline import LIFELINE_VARIABLE
 from core.logging import get_logger
+from service.vllm_engine_text import TextShelf
 
 _ARGV = [sys.executable, "-m", "core.inference.front_process"]
 _READ_BYTES = 1024 * 1024
@@ -30,9 +31,14 @@ log = get_logger(__name__)
 
 
 class FrontProcess:
-    """Asks the front; used in one event loop."""
+    """Asks the front; used in one event loop.
+
+    Attributes:
+        texts: Of the tokens of base models.
+    """
 
     def __init__(self) -> None:
+        self.texts = TextShelf(self)
         self._starting = asyncio.Lock()
         self._numbers = itertools.count()
         self._live: _Live | None = None

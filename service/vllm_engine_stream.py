@@ -1,7 +1,7 @@
 """The events of one request to a vLLM server, from its server-sent events.
 
-Owns where answers end by stop strings, and what the server's chunks mean. Knows nothing of how a
-request came to be sent.
+Owns what the server's chunks mean: of them it takes token ids and log-probabilities. Texts, stop
+strings and ends are those of our own engine. Knows nothing of how a request came to be sent.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -18,18 +18,14 @@ import httpx2
 
 from core.errors import TunesmithError, Unavailable, to_wire
 from core.inference.engine import (
-    Delta,
     Done,
     EngineEvent,
     Failed,
-    Finished,
     FinishReason,
-    SamplingParams,
     Started,
     Timings,
-    TokenLogprob,
 )
-from core.inference.stop_strings import StopStrings
+from core.inference.generation import Answer, TokenChoice
 
 _TOKEN_PREFIX = "token_id:"
 _END = "[DONE]"
@@ -77,22 +73,14 @@ class Totals:
     completion: int
 
 
-@dataclass
-class _Answer:
-    stops: StopStrings
-    tokens: int = 0
-    ended: bool = False
-    cut: bool = False
-
-
 class VllmStream:
     """See `core.inference.engine.EventStream`.
 
     Args:
         response: Open, with status 200.
         started: The first event.
-        sampling: What was asked for.
-        name_tokens: Token ids → their own texts.
+        answers: That grow by it.
+        logprobs: How many tokens are told beside each one; `None` for none at all.
         clock: Of the request.
         on_end: Called once, when the request has ended or was left.
     """
@@ -102,20 +90,20 @@ class VllmStream:
         response: httpx2.Response,
         *,
         started: Started,
-        sampling: SamplingParams,
-        name_tokens: Callable[[list[int]], Awaitable[list[str]]],
+        answers: Sequence[Answer],
+        logprobs: int | None,
         clock: Clock,
         on_end: Callable[[Totals], None],
     ) -> None:
         self._response = response
         self._frames = _frames(response)
-        self._name_tokens = name_tokens
-        self._logprobs = sampling.logprobs
+        self._answers = answers
+        self._logprobs = logprobs
         self._clock = clock
         self._on_end = on_end
         self._prompt_tokens = started.prompt_tokens
         self._reused_tokens = 0
-        self._answers = [_Answer(StopStrings(sampling.stop)) for _ in range(sampling.n)]
+        self._unfinished = set(range(len(answers)))
         self._events: deque[EngineEvent] = deque([started])
         self._ended = False
 
@@ -147,7 +135,7 @@ class VllmStream:
         """Cancel the request unless it has ended."""
         if not self._ended:
             self._ended = True
-            completion = sum(answer.tokens for answer in self._answers)
+            completion = sum(answer.completion_tokens for answer in self._answers)
             self._on_end(Totals(self._prompt_tokens, self._reused_tokens, completion))
         await self._response.aclose()
 
@@ -162,11 +150,9 @@ class VllmStream:
             # The server's own words may hold what was asked; its log has them.
             raise _lost()
         for choice in frame["choices"]:
-            answer = self._answers[choice["index"]]
-            if not answer.ended:
-                await self._take(answer, choice)
-        if all(answer.ended for answer in self._answers):
-            if not any(answer.cut for answer in self._answers):
+            self._take(self._answers[choice["index"]], choice)
+        if all(answer.finish_reason is not None for answer in self._answers):
+            if not self._unfinished:
                 # To its end, so that the connection can be used again.
                 async for last in self._frames:
                     self._note_usage(last.get("usage"))
@@ -176,54 +162,41 @@ class VllmStream:
         details = (usage or {}).get("prompt_tokens_details") or {}
         self._reused_tokens = details.get("cached_tokens") or self._reused_tokens
 
-    async def _take(self, answer: _Answer, choice: dict[str, Any]) -> None:
-        index = choice["index"]
-        ids = choice.get("token_ids") or []
-        if ids and not self._clock.first_token:
+    def _take(self, answer: Answer, choice: dict[str, Any]) -> None:
+        # The text that comes with the tokens is the server's; the answer makes its own.
+        chosen, reason = self._chosen(choice), _reason(choice.get("finish_reason"))
+        if chosen and not self._clock.first_token:
             self._clock.first_token = time.monotonic()
-        answer.tokens += len(ids)
-        logprobs = await self._entries(choice.get("logprobs"))
-        text, answer.cut = answer.stops.push(choice["text"])
-        reason = "stop" if answer.cut else _reason(choice.get("finish_reason"))
-        if reason is not None and not answer.cut:
-            text += answer.stops.flush()
-        if text or logprobs:
-            self._events.append(Delta(index=index, text=text, logprobs=logprobs))
+        for token in chosen:
+            if answer.finish_reason is None:
+                self._events += answer.push(token)
         if reason is not None:
-            answer.ended = True
-            self._events.append(
-                Finished(index=index, finish_reason=reason, completion_tokens=answer.tokens)
-            )
+            self._unfinished.discard(answer.index)
+            if answer.finish_reason is None:
+                self._events += answer.end(reason)
 
     def _finish(self) -> None:
         self._events.append(
             Done(
                 prompt_tokens=self._prompt_tokens,
-                completion_tokens=sum(answer.tokens for answer in self._answers),
+                completion_tokens=sum(answer.completion_tokens for answer in self._answers),
                 timings=self._clock.timings(),
             )
         )
 
-    async def _entries(self, logprobs: dict[str, Any] | None) -> list[TokenLogprob]:
-        if self._logprobs is None or not logprobs:
+    def _chosen(self, choice: dict[str, Any]) -> list[TokenChoice]:
+        ids = choice.get("token_ids") or []
+        if self._logprobs is None:
+            return [TokenChoice(id_) for id_ in ids]
+        if not ids:
             return []
-        chosen = [_token_id(token) for token in logprobs["tokens"]]
-        best = [
-            sorted(((_token_id(token), value) for token, value in top.items()), key=_best_first)
-            for top in logprobs["top_logprobs"]
-        ]
-        # Besides the best, the server names the chosen token.
-        best = [top[: self._logprobs] for top in best]
-        wanted = sorted({*chosen, *(id_ for top in best for id_, _ in top)})
-        texts = dict(zip(wanted, await self._name_tokens(wanted), strict=True))
+        told = choice["logprobs"]
         return [
-            TokenLogprob(
-                token=texts[id_],
-                token_id=id_,
-                logprob=value,
-                top=[(other, texts[other], logprob) for other, logprob in top],
+            # Besides the best, the server names the chosen token.
+            TokenChoice(id_, value, _best(top)[: self._logprobs])
+            for id_, value, top in zip(
+                ids, told["token_logprobs"], told["top_logprobs"], strict=True
             )
-            for id_, value, top in zip(chosen, logprobs["token_logprobs"], best, strict=True)
         ]
 
 
@@ -253,13 +226,9 @@ def _reason(stated: str | None) -> FinishReason | None:
             raise _lost()
 
 
-def _token_id(token: str) -> int:
-    return int(token.removeprefix(_TOKEN_PREFIX))
-
-
-def _best_first(entry: tuple[int, float]) -> tuple[float, int]:
-    id_, logprob = entry
-    return -logprob, id_
+def _best(top: dict[str, float]) -> list[tuple[int, float]]:
+    entries = [(int(name.removeprefix(_TOKEN_PREFIX)), value) for name, value in top.items()]
+    return sorted(entries, key=lambda entry: (-entry[1], entry[0]))
 
 
 def too_late() -> Unavailable:

@@ -27,6 +27,7 @@ from core.errors import Conflict, InvalidInput, TunesmithError, to_wire
 from core.inference.engine import BaseModelRef, GenerateRequest
 from core.inference.gates import AdapterWeights, BaseFacts, read_adapter
 from core.inference.grammar import GrammarCompiler
+from core.inference.neutral_adapter import write_neutral_adapter
 from core.inference.prompts import PromptEncoder
 from core.logging import get_logger
 
@@ -110,7 +111,8 @@ class Front:
             "check_base": self.check_base,
             "admit": self.admit,
             "encode": self.encode,
-            "name_tokens": self.name_tokens,
+            "save_tokenizer": self.save_tokenizer,
+            "write_neutral": self.write_neutral,
         }
 
     def __call__(self, task: dict[str, Any], channel: Channel) -> dict[str, Any]:
@@ -169,11 +171,15 @@ class Front:
             "end_ids": sorted(found.end_ids),
         }
 
-    def name_tokens(self, base: dict[str, Any], ids: list[int]) -> dict[str, Any]:
-        """Return `texts`: each token's own text."""
-        tokenizer = self._base(base).tokenizer
-        decode = tokenizer.decode
-        return {"texts": [str(decode([id_], clean_up_tokenization_spaces=False)) for id_ in ids]}
+    def save_tokenizer(self, base: dict[str, Any], path: str) -> dict[str, Any]:
+        """Write what turns tokens into text to a file that the `tokenizers` library reads."""
+        self._base(base).tokenizer.backend_tokenizer.save(path)
+        return {}
+
+    def write_neutral(self, base: dict[str, Any], directory: str) -> dict[str, Any]:
+        """Write an adapter that changes nothing; see `core.inference.neutral_adapter`."""
+        write_neutral_adapter(Path(directory), self._base(base).facts.linear_modules)
+        return {}
 
     def _work(self, task: dict[str, Any], channel: Channel) -> None:
         fields = dict(task)

@@ -85,14 +85,25 @@ class Answer:
                 self.finish_reason = "stop"
             elif self.completion_tokens >= self._max_new_tokens:
                 self.finish_reason = "length"
-        if self.finish_reason is not None and not stopped:
-            rest, stopped = self._stops.push(self._detokenizer.flush())
-            text += rest if stopped else rest + self._stops.flush()
-            if stopped:
-                self.finish_reason = "stop"
-
         self._text.append(text)
         self._logprobs += self._describe(choice)
+        if self.finish_reason is not None and not stopped:
+            self._flush()
+        return self._take_events()
+
+    def end(self, reason: FinishReason) -> list[EngineEvent]:
+        """End an answer that goes on by its tokens; return the events of that."""
+        self.finish_reason = reason
+        self._flush()
+        return self._take_events()
+
+    def _flush(self) -> None:
+        rest, stopped = self._stops.push(self._detokenizer.flush())
+        self._text.append(rest if stopped else rest + self._stops.flush())
+        if stopped:
+            self.finish_reason = "stop"
+
+    def _take_events(self) -> list[EngineEvent]:
         events: list[EngineEvent] = []
         if self._stream or self.finish_reason is not None:
             events += self._take_delta()

@@ -102,9 +102,9 @@ def test_names_that_move_and_are_given_anew_never_stand_for_other_weights(tmp_pa
     finally:
         harness.engine.stop()
     assert names.wrong == []
-    assert names.counts["answered"] > 0.9 * _REQUESTS
+    assert names.counts["answered"] > 0.7 * _REQUESTS
     # Only of the name that is deleted and given anew.
-    assert names.counts["gone"] < 0.1 * _REQUESTS
+    assert names.counts["gone"] < 0.3 * _REQUESTS
     assert names.counts["moved"] > 10
     assert names.counts["given anew"] > 3
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 
 from core.data.rendering import render_prompt
 from core.data.tokenizer import load_tokenizer
@@ -24,6 +25,7 @@ from core.errors import Conflict, Unavailable
 from core.inference.engine import AdapterRef, Message
 from service.vllm_engine import VllmEngine
 from service.vllm_engine_front import FrontProcess
+from tests.support.engine_contract import reference_logprobs
 from tests.support.engine_world import World, collect, make_request
 
 
@@ -38,10 +40,12 @@ class StandIn:
         streaming: Streams wait for it after their first token.
         forgets: How many streamed requests find their model gone.
         ignores_adapters: Whether it computes everything with the base model.
+        says: Tokens of its answers, chunk by chunk; by default the end of the model's name.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self._tokenizer = load_tokenizer(root)
         self.loaded: dict[str, str] = {}
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
@@ -51,6 +55,7 @@ class StandIn:
         self.streaming.set()
         self.forgets = 0
         self.ignores_adapters = False
+        self.says: list[list[int]] = []
 
     async def __call__(self, request: httpx2.Request) -> httpx2.Response:
         path = request.url.path
@@ -92,8 +97,10 @@ class StandIn:
         return httpx2.Response(200, content=self._stream(model))
 
     async def _stream(self, model: str) -> AsyncIterator[bytes]:
-        for text, reason in ((model[-4:], None), ("!", "stop")):
-            choice = {"index": 0, "text": text, "token_ids": [5], "finish_reason": reason}
+        said = self.says or [self._tokenizer.encode(text) for text in (model[-4:], "!")]
+        for number, ids in enumerate(said, start=1):
+            reason = "stop" if number == len(said) else None
+            choice = {"index": 0, "text": "?", "token_ids": ids, "finish_reason": reason}
             yield f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
             await self.streaming.wait()
         yield b"data: [DONE]\n\n"
@@ -189,6 +196,26 @@ def test_the_server_gets_the_tokens_that_training_saw(world: World, play: Play) 
     play(scenario)
 
 
+def test_the_text_is_what_our_own_tokenizer_makes_of_the_tokens(world: World, play: Play) -> None:
+    tokenizer = load_tokenizer(world.base.path)
+    # In UTF-8 bytes that are no characters, one character in two chunks, and a half at the end.
+    rocket = tokenizer.encode("🚀")
+    broken = [rocket[1], *tokenizer.encode("fox"), rocket[0], rocket[0]]
+    said = [broken, rocket[:2], rocket[2:], tokenizer.encode(" é")[:-1]]
+    assert len(rocket) == 4
+
+    async def scenario(stage: Stage) -> None:
+        stage.server.says = said
+        answer = await collect(stage.engine, make_request(world.base, max_new_tokens=60))
+        ids = [id_ for chunk in said for id_ in chunk]
+        assert answer.text == tokenizer.decode(ids, skip_special_tokens=True)
+        assert "🚀" in answer.text
+        assert answer.text.endswith("\ufffd")
+        assert answer.finished[0].completion_tokens == len(ids)
+
+    play(scenario)
+
+
 def test_one_load_serves_all_who_wait_and_outlives_who_leaves(world: World, play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.server.loading.clear()
@@ -239,6 +266,33 @@ def test_a_model_that_vanishes_at_the_last_moment_is_loaded_once_more(
         assert (await stage.engine.status()).running == 0
 
     play(scenario)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_on_cpus_what_has_no_adapter_goes_with_one_that_changes_nothing(
+    world: World, play: Play, tmp_path: Path
+) -> None:
+    name = f"tunesmith-none-{world.base.digest}"
+    directory = tmp_path / "neutral" / world.base.digest
+
+    async def scenario(stage: Stage) -> None:
+        for _ in range(2):
+            answer = await collect(stage.engine, ask(world, None))
+            assert answer.started.adapter_digest is None
+        assert stage.server.loaded == {name: str(directory)}
+        stage.server.forgets = 1
+        await collect(stage.engine, ask(world, None))
+        assert {body["model"] for body in stage.server.bodies} == {name}
+        assert stage.count("/v1/load_lora_adapter") == 2
+        # It is nobody's adapter.
+        assert (await stage.engine.status()).adapters == []
+
+    play(scenario, neutral_root=tmp_path / "neutral")
+    ids = load_tokenizer(world.base.path).encode("The quick brown")
+    assert torch.equal(
+        reference_logprobs(world.base, directory, ids), reference_logprobs(world.base, None, ids)
+    )
+    assert list(directory.parent.iterdir()) == [directory], "drafts are left over"
 
 
 def test_an_adapter_from_another_place_is_loaded_anew(world: World, play: Play) -> None:
@@ -305,7 +359,7 @@ def test_a_front_does_not_outlive_its_parent(tmp_path: Path) -> None:
         front = FrontProcess()
         base = {"name": "m", "digest": "0" * 64, "path": str(tmp_path)}
         with pytest.raises(Conflict):
-            await front.ask("name_tokens", base=base, ids=[1])
+            await front.ask("check_base", base=base)
         live = front._live
         assert live is not None
         assert live.process.stdin is not None

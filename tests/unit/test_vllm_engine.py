@@ -23,6 +23,7 @@ from core.inference.engine import (
     SamplingParams,
     Started,
 )
+from core.inference.generation import Answer
 from core.jobs.servable import check_servable
 from core.specs import JobSpec
 from service.vllm_engine_base import ServedBases
@@ -105,22 +106,42 @@ def frame(**members: Any) -> bytes:
     return f"data: {json.dumps(members, ensure_ascii=False)}\n\n".encode()
 
 
-def piece(text: str = "", ids: list[int] | None = None, index: int = 0, **members: Any) -> bytes:
-    return frame(choices=[{"index": index, "text": text, "token_ids": ids or [], **members}])
+def piece(text: str = "", index: int = 0, **members: Any) -> bytes:
+    """Return a chunk whose tokens are the text's characters; its own text is the server's."""
+    ids = [ord(character) for character in text]
+    return frame(choices=[{"index": index, "text": "theirs", "token_ids": ids, **members}])
 
 
+def decode(ids: list[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+END_ID = 0
 USAGE = frame(choices=[], usage={"prompt_tokens_details": {"cached_tokens": 16}})
 END = USAGE + b"data: [DONE]\n\n"
 
 
 def read(
-    chunks: list[bytes], deadline_seconds: float | None = None, **sampling: Any
+    chunks: list[bytes],
+    deadline_seconds: float | None = None,
+    max_new_tokens: int = 100,
+    **sampling: Any,
 ) -> tuple[list[EngineEvent], list[Totals]]:
     """Return the events after the first one, and what was told at the end."""
     totals: list[Totals] = []
-
-    async def name_tokens(ids: list[int]) -> list[str]:
-        return [f"<{id_}>" for id_ in ids]
+    asked = SamplingParams(**sampling)
+    answers = [
+        Answer(
+            index,
+            prompt_ids=[ord("?")],
+            decode=decode,
+            token_text=lambda id_: f"<{chr(id_)}>",
+            end_ids={END_ID},
+            sampling=asked,
+            max_new_tokens=max_new_tokens,
+        )
+        for index in range(asked.n)
+    ]
 
     async def main() -> list[EngineEvent]:
         async def content() -> AsyncIterator[bytes]:
@@ -137,8 +158,8 @@ def read(
                 started=Started(
                     prompt_tokens=20, base_digest="b", adapter_digest=None, precision="bf16"
                 ),
-                sampling=SamplingParams(**sampling),
-                name_tokens=name_tokens,
+                answers=answers,
+                logprobs=asked.logprobs,
                 clock=Clock(deadline_seconds),
                 on_end=totals.append,
             )
@@ -161,56 +182,64 @@ def finished(events: list[EngineEvent]) -> list[Finished]:
 
 def test_chunks_may_come_in_any_pieces_and_with_any_characters() -> None:
     text = "a\u2028b\x85c\r\nGrüße 🚀"
-    sent = b": keep-alive\n\n" + piece(text, [1, 2]) + piece("!", [3], finish_reason="stop") + END
+    sent = b": keep-alive\n\n" + piece(text) + piece("!\0", finish_reason="stop") + END
     whole, totals = read([sent])
     cut, _ = read([sent[i : i + 1] for i in range(len(sent))])
     assert texts(whole) == texts(cut) == text + "!"
     done = whole[-1]
     assert isinstance(done, Done)
-    assert (done.prompt_tokens, done.completion_tokens) == (20, 3)
-    assert totals == [Totals(prompt=20, reused=16, completion=3)]
+    assert (done.prompt_tokens, done.completion_tokens) == (20, len(text) + 2)
+    assert totals == [Totals(prompt=20, reused=16, completion=len(text) + 2)]
 
 
 def test_a_stop_string_is_met_here_and_never_shows() -> None:
-    chunks = [piece("one t", [1]), piece("wo th", [2]), piece("ree four", [3, 4]), piece("x", [5])]
+    chunks = [piece("one t"), piece("wo th"), piece("ree four"), piece("x")]
     events, totals = read(chunks, stop=["four", "two three"])
     assert texts(events) == "one "
-    assert finished(events) == [Finished(finish_reason="stop", completion_tokens=4)]
+    assert finished(events) == [Finished(finish_reason="stop", completion_tokens=13)]
     assert isinstance(events[-1], Done)
-    assert totals[0].completion == 4
+    assert totals[0].completion == 13
 
 
 def test_what_might_have_become_a_stop_string_comes_with_the_end() -> None:
-    last = piece("", [2], finish_reason="length")
-    events, _ = read([piece("a tw", [1]), last, END], stop=["two"])
+    chunks = [piece("a tw", finish_reason="length"), END]
+    events, totals = read(chunks, stop=["two"], max_new_tokens=4)
     assert texts(events) == "a tw"
     assert finished(events)[0].finish_reason == "length"
+    assert totals[0].reused == 16, "the rest of the response was not read"
+
+
+def test_an_answer_that_the_server_ends_for_reasons_of_its_own_is_whole() -> None:
+    chunks = [piece("a tw"), piece("", finish_reason="stop"), END]
+    events, _ = read(chunks, stop=["two"])
+    assert texts(events) == "a tw"
+    assert finished(events) == [Finished(finish_reason="stop", completion_tokens=4)]
 
 
 def test_one_answer_that_is_cut_leaves_the_others_alone() -> None:
     chunks = [
-        piece("a STOP", [1]), piece("b", [2], index=1), piece("more", [3]),
-        piece("c", [4], index=1, finish_reason="length"), END,
+        piece("a STOP"), piece("b", index=1), piece("more"),
+        piece("cdefg", index=1, finish_reason="length"), END,
     ]  # fmt: skip
-    events, _ = read(chunks, n=2, temperature=1, stop=["STOP"])
-    assert (texts(events, 0), texts(events, 1)) == ("a ", "bc")
+    events, _ = read(chunks, n=2, temperature=1, stop=["STOP"], max_new_tokens=6)
+    assert (texts(events, 0), texts(events, 1)) == ("a ", "bcdefg")
     assert [(f.index, f.finish_reason, f.completion_tokens) for f in finished(events)] == [
-        (0, "stop", 1),
-        (1, "length", 2),
+        (0, "stop", 6),
+        (1, "length", 6),
     ]
 
 
 def test_the_best_tokens_come_in_order_and_without_the_chosen_one_on_top() -> None:
     logprobs = {
-        "tokens": ["token_id:7"],
+        "tokens": ["token_id:120"],
         "token_logprobs": [-3.0],
-        "top_logprobs": [{"token_id:7": -3.0, "token_id:5": -0.1, "token_id:6": -2.0}],
+        "top_logprobs": [{"token_id:120": -3.0, "token_id:97": -0.1, "token_id:98": -2.0}],
     }
-    sent = piece("x", [7], logprobs=logprobs, finish_reason="stop")
+    sent = piece("x", logprobs=logprobs, finish_reason="stop")
     events, _ = read([sent, END], logprobs=2)
     entry = next(event for event in events if isinstance(event, Delta)).logprobs[0]
-    assert (entry.token, entry.token_id, entry.logprob) == ("<7>", 7, -3.0)
-    assert entry.top == [(5, "<5>", -0.1), (6, "<6>", -2.0)]
+    assert (entry.token, entry.token_id, entry.logprob) == ("<x>", 120, -3.0)
+    assert entry.top == [(97, "<a>", -0.1), (98, "<b>", -2.0)]
 
 
 @pytest.mark.parametrize(
@@ -220,12 +249,12 @@ def test_the_best_tokens_come_in_order_and_without_the_chosen_one_on_top() -> No
         [b"data: {"],
         [frame(error={"message": "secret internals", "code": 500})],
         [frame(nothing=1)],
-        [piece("x", [1], index=5)],
-        [piece("x", [1], finish_reason="abort")],
+        [piece("x", index=5)],
+        [piece("x", finish_reason="abort")],
     ],
 )
 def test_a_stream_that_makes_no_sense_ends_with_a_failure(rest: list[bytes]) -> None:
-    events, totals = read([piece("a", [1]), *rest])
+    events, totals = read([piece("a"), *rest])
     assert texts(events) == "a"
     assert isinstance(events[-1], Failed)
     assert events[-1].error["code"] == "engine_lost"
@@ -234,7 +263,7 @@ def test_a_stream_that_makes_no_sense_ends_with_a_failure(rest: list[bytes]) -> 
 
 
 def test_a_deadline_ends_a_stream() -> None:
-    events, totals = read([piece("a", [1])], deadline_seconds=0.2)
+    events, totals = read([piece("a")], deadline_seconds=0.2)
     assert isinstance(events[-1], Failed)
     assert events[-1].error["code"] == "deadline_exceeded"
     assert len(totals) == 1

@@ -19,7 +19,7 @@ LACKS = {
 
 @pytest.fixture(scope="module")
 def harness(server: VllmProcess, world: World) -> Iterator[VllmHarness]:
-    harness = VllmHarness(server, world.locate_adapter, lacks=LACKS)
+    harness = VllmHarness(server, world.locate_adapter, world.root / "neutral", lacks=LACKS)
     yield harness
     harness.close()
 

@@ -18,7 +18,7 @@ from tests.vllm.server import MAX_RANK, VllmHarness, VllmProcess
 
 @pytest.fixture(scope="module")
 def harness(server: VllmProcess, world: World) -> Iterator[VllmHarness]:
-    harness = VllmHarness(server, world.locate_adapter)
+    harness = VllmHarness(server, world.locate_adapter, world.root / "neutral")
     yield harness
     harness.close()
 
@@ -73,7 +73,7 @@ def test_an_adapter_that_the_server_refuses_is_refused_with_its_reason(
 def test_a_wrong_key_is_told_apart_from_a_server_that_is_gone(
     server: VllmProcess, world: World
 ) -> None:
-    stranger = VllmHarness(server, world.locate_adapter, api_key="wrong")
+    stranger = VllmHarness(server, world.locate_adapter, world.root / "neutral", api_key="wrong")
     try:
         with pytest.raises(Unavailable) as refused:
             stranger.run(lambda engine: engine.status())

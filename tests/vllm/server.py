@@ -124,6 +124,7 @@ class VllmHarness:
     Args:
         server: The server, running.
         locate_adapter: Where adapters' files are.
+        neutral_root: Where adapters of zeros may be written.
         lacks: Test of the contract suite → why this engine cannot pass it.
         options: Of the engine, in place of what the contract suite wants.
     """
@@ -132,6 +133,7 @@ class VllmHarness:
         self,
         server: VllmProcess,
         locate_adapter: Callable[[str], Path],
+        neutral_root: Path | None,
         *,
         lacks: Mapping[str, str] | None = None,
         **options: object,
@@ -153,6 +155,7 @@ class VllmHarness:
             server.address,
             locate_adapter=locate_adapter,
             front=self._front,
+            neutral_root=neutral_root,
             **settings,  # type: ignore[arg-type]
         )
 
