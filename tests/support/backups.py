@@ -12,7 +12,7 @@ import migrations
 from core import auth, jobs, registry
 from core.backup import create_backup
 from core.config import Settings
-from core.db.models import Base, JobSource, Webhook
+from core.db.models import Base, JobLog, JobSource, Webhook
 from core.db.session import Database
 from core.principal import LOCAL
 from core.storage import ArtifactStore, LocalStore
@@ -66,6 +66,8 @@ def live_in(
         "worker-1",
         [jobs.MetricUpdate(step=1, loss=0.1 + 0.2), jobs.EventUpdate("log", {"data": "é"})],
     )
+    with database.session(write=True) as session:
+        session.add(JobLog(job_id=job.id, end_byte=7, attempt=claim.attempt, text="Grüß\n"))
     checkpoint = store.write_blob([b"state"], 100)
     jobs.add_checkpoint(database, claim, "worker-1", step=1, blob=checkpoint, store=store)
     return {
