@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from core.artifacts import TOKENIZER_FILE, WEIGHTS_FILE, sha256_file, tree_digest
+from core.artifacts import TOKENIZER_FILE, WEIGHTS_FILE, sha256_file
 from core.causal_lm import linear_modules
 from core.child import Channel
 from core.data.rendering import end_token_ids
 from core.data.tokenizer import load_tokenizer
 from core.errors import Conflict, InvalidInput, TunesmithError, to_wire
 from core.inference.engine import BaseModelRef, GenerateRequest
-from core.inference.gates import AdapterWeights, BaseFacts, read_adapter
+from core.inference.gates import AdapterWeights, BaseFacts, check_base_files, read_adapter
 from core.inference.grammar import GrammarCompiler
 from core.inference.neutral_adapter import write_neutral_adapter
 from core.inference.prompts import PromptEncoder
@@ -55,15 +55,9 @@ class FrontBase:
     def __init__(self, ref: BaseModelRef) -> None:
         directory = Path(ref.path)
         try:
-            digest = tree_digest(directory)
+            check_base_files(ref)
         except OSError as error:
             raise _unreadable(ref, error) from error
-        if digest != ref.digest:
-            raise Conflict(
-                f"the files of the base model {ref.name} have changed since it was registered",
-                code="base_model_changed",
-                hint="Restore them, or register the model again under a new name.",
-            )
         try:
             self.tokenizer = load_tokenizer(directory)
             model, stated_ends = _skeleton(directory)
@@ -75,7 +69,7 @@ class FrontBase:
         ends = end_token_ids(self.tokenizer) | stated_ends
         self.end_ids = frozenset(id_ for id_ in ends if 0 <= id_ < self.vocabulary)
         self.facts = BaseFacts(
-            digest=digest,
+            digest=ref.digest,
             tokenizer_sha256=sha256_file(directory / TOKENIZER_FILE),
             linear_modules=linear_modules(model),
             vocabulary=self.vocabulary,

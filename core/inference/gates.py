@@ -28,9 +28,11 @@ from core.artifacts import (
     read_lora_tensors,
     read_manifest,
     sha256_file,
+    tree_digest,
     verify_files,
 )
 from core.errors import Conflict, InvalidInput
+from core.inference.engine import BaseModelRef
 
 _REPUBLISH = "Train or import the adapter again."
 
@@ -86,6 +88,21 @@ class AdapterWeights:
     def bytes(self) -> int:
         """Size of the matrices in memory."""
         return sum(m.a.nbytes + m.b.nbytes for m in self.modules.values())
+
+
+def check_base_files(ref: BaseModelRef) -> None:
+    """Check that a base model's files are those that were registered.
+
+    Raises:
+        Conflict: Code `base_model_changed`.
+        OSError: They cannot be read.
+    """
+    if tree_digest(Path(ref.path)) != ref.digest:
+        raise Conflict(
+            f"the files of the base model {ref.name} have changed since it was registered",
+            code="base_model_changed",
+            hint="Restore them, or register the model again under a new name.",
+        )
 
 
 def read_adapter(directory: Path, digest: str, base: BaseFacts) -> AdapterWeights:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from core.artifacts import TOKENIZER_FILE, sha256_file, tree_digest
+from core.artifacts import TOKENIZER_FILE, sha256_file
 from core.causal_lm import linear_modules, load_causal_lm, select_device
 from core.data.golden import golden_token_ids
 from core.data.rendering import end_token_ids
@@ -24,7 +24,7 @@ from core.data.tokenizer import load_tokenizer
 from core.errors import Conflict, InvalidInput
 from core.inference.adapter_bank import AdapterKey
 from core.inference.engine import BaseModelRef
-from core.inference.gates import BaseFacts, read_adapter
+from core.inference.gates import BaseFacts, check_base_files, read_adapter
 from core.inference.lean.linear import Precision, offered_precisions
 from core.inference.lean.model import LeanModel
 from core.inference.lean.weights import why_not_lean
@@ -100,15 +100,9 @@ class ModelRunner:
         """
         directory = Path(ref.path)
         try:
-            digest = tree_digest(directory)
+            check_base_files(ref)
         except OSError as error:
             raise _unreadable(ref, error) from error
-        if digest != ref.digest:
-            raise Conflict(
-                f"the files of the base model {ref.name} have changed since it was registered",
-                code="base_model_changed",
-                hint="Restore them, or register the model again under a new name.",
-            )
         try:
             tokenizer = load_tokenizer(directory)
             model = load_causal_lm(directory, torch.float32)
@@ -116,7 +110,7 @@ class ModelRunner:
             raise _unreadable(ref, error) from error
         model.to(self.device)
         facts = BaseFacts(
-            digest=digest,
+            digest=ref.digest,
             tokenizer_sha256=sha256_file(directory / TOKENIZER_FILE),
             linear_modules=linear_modules(model),
             vocabulary=_vocabulary(model),

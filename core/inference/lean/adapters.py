@@ -169,8 +169,10 @@ class ActiveBank:
         return self._views
 
     def forget(self, digest: str) -> None:
-        """Note that an adapter is resident no longer; equal digests have equal matrices."""
+        """Note that an adapter is resident no longer; the last one leaves no memory behind."""
         self._digests = [None if known == digest else known for known in self._digests]
+        if not any(self._digests):
+            self.clear()
 
     def clear(self) -> None:
         """Give the memory back."""

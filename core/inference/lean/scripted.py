@@ -66,10 +66,6 @@ class ScriptedDecoder:
         """Note that an adapter is resident no longer."""
         self._bank.forget(digest)
 
-    def clear(self) -> None:
-        """Give the bank's memory back."""
-        self._bank.clear()
-
     def compute(
         self, pieces: Sequence[Piece], cache: KvCache, *, every_token: bool = False
     ) -> Tensor:
