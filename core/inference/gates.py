@@ -8,6 +8,7 @@ the base's logits. Each refusal is a `Conflict` with a code of its own.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from core.artifacts import (
     tree_digest,
     verify_files,
 )
-from core.errors import Conflict, InvalidInput
+from core.errors import Conflict, InvalidInput, NotFound
 from core.inference.engine import BaseModelRef
 
 _REPUBLISH = "Train or import the adapter again."
@@ -117,7 +118,34 @@ def read_adapter(directory: Path, digest: str, base: BaseFacts) -> AdapterWeight
         Conflict: Code `digest_mismatch`, `invalid_manifest`, `base_model_mismatch`,
             `tokenizer_mismatch`, `template_mismatch`, `invalid_adapter_config`,
             `invalid_adapter_weights`, `adapter_shape_mismatch` or `adapter_not_finite`.
+        NotFound: Code `adapter_files_missing`; they are not there, or were deleted meanwhile.
     """
+    while True:
+        try:
+            opened = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise NotFound(
+                f"the files of the adapter {digest[:12]}… are gone", code="adapter_files_missing"
+            ) from error
+        try:
+            return _read_once(directory, digest, base)
+        except (Conflict, OSError):
+            # A store deletes an adapter by moving its directory away, and may publish the same
+            # one again: what a reader misses in the middle of that says nothing about the files.
+            if _is_at(directory, opened):
+                raise
+        finally:
+            os.close(opened)
+
+
+def _is_at(path: Path, opened: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(opened))
+    except FileNotFoundError:
+        return False
+
+
+def _read_once(directory: Path, digest: str, base: BaseFacts) -> AdapterWeights:
     try:
         manifest = read_manifest(directory)
         _check_identity(digest, manifest)

@@ -21,7 +21,7 @@ from core.causal_lm import linear_modules, load_causal_lm, select_device
 from core.data.golden import golden_token_ids
 from core.data.rendering import end_token_ids
 from core.data.tokenizer import load_tokenizer
-from core.errors import Conflict, InvalidInput, NotFound
+from core.errors import Conflict, InvalidInput
 from core.inference.adapter_bank import AdapterKey
 from core.inference.engine import BaseModelRef
 from core.inference.gates import BaseFacts, check_base_files, read_adapter
@@ -149,16 +149,10 @@ class ModelRunner:
         """Read an adapter of a loaded base model from disk; safe from any thread.
 
         Raises:
-            Conflict: See `core.inference.gates.read_adapter`.
+            NotFound, Conflict: See `core.inference.gates.read_adapter`.
         """
         base = self.bases[base_digest]
-        try:
-            return base.prepare(read_adapter(directory, digest, base.facts))
-        except FileNotFoundError as error:
-            # It was deleted while it was read.
-            raise NotFound(
-                f"the files of the adapter {digest} are gone", code="adapter_files_missing"
-            ) from error
+        return base.prepare(read_adapter(directory, digest, base.facts))
 
     def remove_adapter(self, key: AdapterKey) -> None:
         """Take an adapter out of memory."""

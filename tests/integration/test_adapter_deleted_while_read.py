@@ -1,0 +1,76 @@
+"""An adapter whose files leave, or leave and come back, while an engine reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from core import artifacts
+from core.errors import Conflict, NotFound
+from core.inference import gates
+from core.inference.model_runner import ModelRunner
+from core.storage import LocalStore
+from tests.support.engine_world import World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def facts(world: World) -> gates.BaseFacts:
+    return ModelRunner("cpu", threads=1, precision="float32").load_base(world.base).facts
+
+
+def _meanwhile(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
+    """Do something once, after the manifest was read and before the files are hashed."""
+    left = [do]
+
+    def verify(directory: Path, manifest: artifacts.Manifest) -> None:
+        if left:
+            left.pop()()
+        artifacts.verify_files(directory, manifest)
+
+    monkeypatch.setattr(gates, "verify_files", verify)
+
+
+def test_one_that_is_deleted_is_not_found(
+    world: World, facts: gates.BaseFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = world.a.digest
+    path = world.locate_adapter(digest)
+    _meanwhile(monkeypatch, lambda: LocalStore(world.data_dir).delete_adapter(digest))
+    with pytest.raises(NotFound) as caught:
+        gates.read_adapter(path, digest, facts)
+    assert caught.value.code == "adapter_files_missing"
+    with pytest.raises(NotFound):
+        gates.read_adapter(path, digest, facts)
+
+
+def test_one_that_is_deleted_and_published_anew_is_read(
+    world: World, facts: gates.BaseFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = world.a.digest
+    store = LocalStore(world.data_dir)
+    path = world.locate_adapter(digest)
+
+    def give_anew() -> None:
+        # Gone for a moment that the reader notices, as its files are of the directory that left.
+        path.rename(world.root / "gone")
+        store.publish_adapter(world.root / "gone")
+        (world.root / "gone" / artifacts.WEIGHTS_FILE).unlink()
+        raise FileNotFoundError(artifacts.WEIGHTS_FILE)
+
+    _meanwhile(monkeypatch, give_anew)
+    assert gates.read_adapter(path, digest, facts).digest == digest
+
+
+def test_one_that_has_lost_a_file_is_refused(world: World, facts: gates.BaseFacts) -> None:
+    path = world.locate_adapter(world.a.digest)
+    (path / artifacts.CONFIG_FILE).unlink()
+    with pytest.raises(Conflict) as caught:
+        gates.read_adapter(path, world.a.digest, facts)
+    assert caught.value.code == "digest_mismatch"
