@@ -24,10 +24,10 @@ LLAMA_INSTALLED := $(LLAMA)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-vllm check chaos soak serve bench bench-peers clean distclean
+.PHONY: help setup demo test test-vllm check chaos soak serve bench bench-training bench-peers clean distclean
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Make the virtual environment with all dependencies
 
@@ -58,8 +58,11 @@ serve: $(SAMPLE_MODEL)/config.json ## Run the service with the sample model on p
 	@$(BIN)/tunesmith models add smollm2-135m-instruct $(SAMPLE_MODEL) --data-dir $(DATA_DIR)
 	@exec $(BIN)/tunesmith serve --data-dir $(DATA_DIR)
 
-bench: $(SAMPLE_MODEL)/config.json ## Measure generation and training beside transformers, PEFT and TRL (~75 min)
+bench: $(SAMPLE_MODEL)/config.json ## Measure generation beside transformers and PEFT (~40 min)
 	$(BIN)/python -m benchmarks
+
+bench-training: $(SAMPLE_MODEL)/config.json ## Measure training beside TRL (~30 min)
+	$(BIN)/python -m benchmarks training
 
 bench-peers: $(SAMPLE_MODEL)/config.json $(VLLM_INSTALLED) $(LLAMA_INSTALLED) ## Measure generation beside vLLM and llama.cpp (~45 min)
 	$(BIN)/python -m benchmarks.peers --vllm-python $(VLLM)/bin/python --llama-python $(LLAMA)/bin/python

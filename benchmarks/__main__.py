@@ -28,11 +28,11 @@ _SUITES: dict[str, Suite] = {
 }
 _SERVING = [name for name in _SUITES if name.startswith("serving.")]
 # The others take long or want a quiet machine.
-_BY_DEFAULT = ["serving", "floor", "training"]
+_BY_DEFAULT = ["serving", "floor"]
 
 
 def main() -> None:
-    """Run the named suites: serving, floor and training by default."""
+    """Run the named suites: serving and floor by default."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
     parser.add_argument(
         "suites", nargs="*", metavar="suite", help=f"serving (all its parts), {', '.join(_SUITES)}"

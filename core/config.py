@@ -185,10 +185,11 @@ class Settings(BaseSettings):
     vllm_max_lora_rank: int = Field(
         0, ge=0, description="Their `--max-lora-rank`, which jobs may not exceed; 0 is not known."
     )
-    vllm_on_cpu: bool = Field(
-        False,
-        description="Whether vLLM servers compute on CPUs. Requests without an adapter then go with"
-        " one of zeros: vLLM up to 0.32 computes them there with another one's weights otherwise.",
+    vllm_neutral_adapter: bool = Field(
+        True,
+        description="Whether requests without an adapter go to vLLM servers with one of zeros: on"
+        " CPUs vLLM up to 0.32 computes them with another one's weights otherwise. On GPUs it may"
+        " be turned off, which saves one of the places for adapters.",
     )
     vllm_max_rows: int = Field(
         256, ge=1, description="Answers of one vLLM server at a time, for each API process."
@@ -230,7 +231,16 @@ class Settings(BaseSettings):
     def engine_addresses(self) -> list[str]:
         """All configured engines; the local socket when none is named."""
         named = [part.strip() for part in self.engine_urls.split(",") if part.strip()]
-        return named or [f"unix:{self.engine_socket}"]
+        return named or [self._local_engine]
+
+    @property
+    def uses_local_engine(self) -> bool:
+        """Whether an engine is the one that listens on the local socket."""
+        return self._local_engine in self.engine_addresses
+
+    @property
+    def _local_engine(self) -> str:
+        return f"unix:{self.engine_socket}"
 
     @property
     def uses_vllm(self) -> bool:

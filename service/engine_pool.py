@@ -80,7 +80,7 @@ def open_engine(
         max_rows=settings.vllm_max_rows,
         max_waiting=settings.engine_max_waiting,
         timeout_seconds=timeout,
-        neutral_root=settings.root / "neutral-adapters" if settings.vllm_on_cpu else None,
+        neutral_root=settings.root / "neutral-adapters" if settings.vllm_neutral_adapter else None,
     )
 
 

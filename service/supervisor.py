@@ -57,20 +57,22 @@ class ProcessSpec:
 def service_processes(
     settings: Settings, *, host: str, port: int, api_workers: int = 1
 ) -> list[ProcessSpec]:
-    """Return the parts of a complete service; workers stop first, then API, then engine."""
+    """Return the parts of a complete service; workers stop first, then API, then engine.
+
+    There is no engine among them where others are configured: nobody would ask it.
+    """
 
     def part(name: str, stage: int, *arguments: str) -> ProcessSpec:
         argv = [sys.executable, "-m", "service.cli", *arguments]
         return ProcessSpec(name, argv, {**os.environ, **settings.environment()}, None, stage)
 
+    api = ("api", "--host", host, "--port", str(port), "--workers", str(api_workers))
     return [
-        part("engine", 2, "engine"),
-        part(
-            "api", 1, "api", "--host", host, "--port", str(port), "--workers", str(api_workers)
-        ),
+        *([part("engine", 2, "engine")] if settings.uses_local_engine else []),
+        part("api", 1, *api),
         part("light-worker", 0, "worker", "--queue", "light"),
         part("train-worker", 0, "worker", "--queue", "train"),
-    ]  # fmt: skip
+    ]
 
 
 class Supervisor:

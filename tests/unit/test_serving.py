@@ -12,6 +12,7 @@ from core.config import Settings
 from core.db.session import Database
 from core.errors import InvalidInput, Unavailable
 from service.serving import check_exposure, forget_state, is_loopback, url_of, write_state
+from service.supervisor import service_processes
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
@@ -70,3 +71,16 @@ def test_only_the_writer_forgets_the_state(tmp_path: Path) -> None:
     forget_state(state)
     assert not state.exists()
     forget_state(state)
+
+
+@pytest.mark.parametrize(
+    ("others", "with_local", "expected"),
+    [("", False, True), ("vllm+http://gpu:8000", False, False), ("http://gpu:1", True, True)],
+)
+def test_an_engine_starts_where_it_would_be_asked(
+    settings: Settings, others: str, with_local: bool, expected: bool
+) -> None:
+    urls = f"{others},unix:{settings.engine_socket}" if with_local else others
+    chosen = settings.model_copy(update={"engine_urls": urls})
+    parts = [part.name for part in service_processes(chosen, host="127.0.0.1", port=8000)]
+    assert parts == [*(["engine"] if expected else []), "api", "light-worker", "train-worker"]
