@@ -20,7 +20,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -52,6 +53,7 @@ _BASE_MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", "
 # A header for rank 256 on every module of a 100-layer model stays far below this.
 _MAX_HEADER_BYTES = 8 * 1024**2
 _MAX_CONFIG_BYTES = 256 * 1024
+_NOTHING_READ: Mapping[str, memoryview] = MappingProxyType({})
 _BYTES_PER_ELEMENT = {"F32": 4, "F16": 2, "BF16": 2}
 _LORA_KEY = re.compile(
     r"^base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<side>[AB])\.weight$"
@@ -109,14 +111,22 @@ class Manifest(BaseModel):
     target_modules: list[str]
 
 
-class LoraTensor(BaseModel):
-    """Where a LoRA matrix lies in the weights file; shape is (rows, columns)."""
+class LoraTensor(NamedTuple):
+    """Where a LoRA matrix lies in the weights file.
 
-    model_config = ConfigDict(frozen=True)
+    Attributes:
+        module: The module that it adapts.
+        side: "A" or "B".
+        shape: (rows, columns).
+        dtype: "F32", "F16" or "BF16".
+        place: Its first byte in the file, and the one behind its last.
+    """
+
     module: str
     side: str
     shape: tuple[int, int]
     dtype: str
+    place: tuple[int, int]
 
 
 def sha256_file(path: Path) -> str:
@@ -130,12 +140,27 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def describe_files(root: Path, names: Iterable[str]) -> list[ArtifactFile]:
-    """Return path, size and hash of the named files below `root`, sorted by path."""
-    return [
-        ArtifactFile(path=name, bytes=(root / name).stat().st_size, sha256=sha256_file(root / name))
-        for name in sorted(names)
-    ]
+def describe_files(
+    root: Path, names: Iterable[str], contents: Mapping[str, memoryview] = _NOTHING_READ
+) -> list[ArtifactFile]:
+    """Return path, size and hash of the named files below `root`, sorted by path.
+
+    Args:
+        root: A directory.
+        names: Of files in it.
+        contents: What was read of some of them, and is described in their stead.
+    """
+
+    def describe(name: str) -> ArtifactFile:
+        if name in contents:
+            data = contents[name]
+            return ArtifactFile(
+                path=name, bytes=data.nbytes, sha256=hashlib.sha256(data).hexdigest()
+            )
+        path = root / name
+        return ArtifactFile(path=name, bytes=path.stat().st_size, sha256=sha256_file(path))
+
+    return [describe(name) for name in sorted(names)]
 
 
 def digest_of(files: Iterable[ArtifactFile]) -> str:
@@ -226,19 +251,26 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
 
 
-def verify_files(directory: Path, manifest: Manifest) -> None:
+def verify_files(
+    directory: Path, manifest: Manifest, contents: Mapping[str, memoryview] = _NOTHING_READ
+) -> None:
     """Check every file's size and hash, and the digest, against the manifest.
+
+    Args:
+        directory: Holds the files.
+        manifest: Says what they were.
+        contents: What was read of some of them, and is checked in their stead.
 
     Raises:
         InvalidInput: Code `digest_mismatch`; a file was changed, lost or added to.
     """
     try:
-        files = describe_files(directory, [file.path for file in manifest.files])
+        files = describe_files(directory, [file.path for file in manifest.files], contents)
     except OSError as error:
         raise InvalidInput(
             f"a file of the adapter cannot be read: {error}", code="digest_mismatch"
         ) from error
-    if digest_of(files) != manifest.digest:
+    if digest_of(files) != manifest.digest or digest_of(manifest.files) != manifest.digest:
         raise InvalidInput(
             "the adapter's files do not match its digest",
             code="digest_mismatch",
@@ -381,7 +413,11 @@ def read_lora_tensors(path: Path) -> list[LoraTensor]:
         spans.append((start, end))
         tensors.append(
             LoraTensor(
-                module=match["module"], side=match["side"], shape=(rows, columns), dtype=dtype
+                module=match["module"],
+                side=match["side"],
+                shape=(rows, columns),
+                dtype=dtype,
+                place=(8 + header_bytes + start, 8 + header_bytes + end),
             )
         )
     spans.sort()

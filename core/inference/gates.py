@@ -9,13 +9,15 @@ the base's logits. Each refusal is a `Conflict` with a code of its own.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.artifacts import (
@@ -23,18 +25,19 @@ from core.artifacts import (
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
+    LoraTensor,
     Manifest,
     check_adapter_config,
     check_lora_tensors,
     read_lora_tensors,
     read_manifest,
-    sha256_file,
     tree_digest,
     verify_files,
 )
 from core.errors import Conflict, InvalidInput, NotFound
 from core.inference.engine import BaseModelRef
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _REPUBLISH = "Train or import the adapter again."
 
 
@@ -148,14 +151,16 @@ def _is_at(path: Path, opened: int) -> bool:
 def _read_once(directory: Path, digest: str, base: BaseFacts) -> AdapterWeights:
     try:
         manifest = read_manifest(directory)
-        _check_identity(digest, manifest)
     except InvalidInput as error:
         raise _unservable(error) from error
+    _check_identity(digest, manifest)
+    # Read once, so that what is hashed is what is computed with.
+    data = _read_weights(directory, manifest)
     # Hashing takes as long as all else; whatever comes of that, files that changed are told first.
     with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(verify_files, directory, manifest)
+        verified = pool.submit(verify_files, directory, manifest, {WEIGHTS_FILE: data.data})
         try:
-            weights = _read_files(directory, manifest, base)
+            weights = _read_files(directory, manifest, data, base)
         except Exception:
             _await_verified(verified)
             raise
@@ -177,7 +182,22 @@ def _unservable(error: InvalidInput) -> Conflict:
     )
 
 
-def _read_files(directory: Path, manifest: Manifest, base: BaseFacts) -> AdapterWeights:
+def _read_weights(directory: Path, manifest: Manifest) -> NDArray[np.uint8]:
+    path = directory / WEIGHTS_FILE
+    published = {file.path: file.bytes for file in manifest.files}
+    try:
+        # Before memory is taken for it.
+        if path.stat().st_size == published.get(WEIGHTS_FILE):
+            return np.fromfile(path, np.uint8)
+        problem = "have another size than was published"
+    except OSError as error:
+        problem = f"cannot be read: {error}"
+    raise Conflict(f"the adapter's weights {problem}", code="digest_mismatch", hint=_REPUBLISH)
+
+
+def _read_files(
+    directory: Path, manifest: Manifest, data: NDArray[np.uint8], base: BaseFacts
+) -> AdapterWeights:
     try:
         _check_origin(directory, manifest, base)
         config = check_adapter_config(directory / CONFIG_FILE)
@@ -210,7 +230,7 @@ def _read_files(directory: Path, manifest: Manifest, base: BaseFacts) -> Adapter
         r=config["r"],
         lora_alpha=config["lora_alpha"],
         use_rslora=rslora,
-        modules=_read_matrices(directory / WEIGHTS_FILE, names),
+        modules=_matrices_in(data, tensors),
         template=template.read_text("utf-8") if manifest.template_sha256 else None,
         golden_token_ids=manifest.golden_token_ids,
     )
@@ -270,17 +290,18 @@ def _check_origin(directory: Path, manifest: Manifest, base: BaseFacts) -> None:
             code="base_model_mismatch",
             hint="Ask for the adapter's own base model, or train it again on this one.",
         )
-    tokenizer_sha256 = sha256_file(directory / TOKENIZER_FILE)
+    # The files themselves are hashed beside this.
+    published = {file.path: file.sha256 for file in manifest.files}
+    tokenizer_sha256 = published.get(TOKENIZER_FILE)
     if tokenizer_sha256 != manifest.tokenizer_sha256 or tokenizer_sha256 != base.tokenizer_sha256:
         raise Conflict(
             "the adapter was trained with another tokenizer than the base model's",
             code="tokenizer_mismatch",
             hint="Train the adapter again on this base model.",
         )
-    template = directory / TEMPLATE_FILE
-    template_sha256 = sha256_file(template) if template.is_file() else None
-    listed = any(file.path == TEMPLATE_FILE for file in manifest.files)
-    if template_sha256 != manifest.template_sha256 or listed != (template_sha256 is not None):
+    template_sha256 = published.get(TEMPLATE_FILE)
+    there = (directory / TEMPLATE_FILE).is_file()
+    if template_sha256 != manifest.template_sha256 or there != (template_sha256 is not None):
         raise Conflict(
             "the adapter's chat template is not the one it was trained with",
             code="template_mismatch",
@@ -288,16 +309,21 @@ def _check_origin(directory: Path, manifest: Manifest, base: BaseFacts) -> None:
         )
 
 
-def _read_matrices(path: Path, names: list[str]) -> dict[str, LoraMatrices]:
-    # The header has been checked against the file's size, so this allocates no more than that.
-    tensors = load_file(path)
+def _matrices_in(data: NDArray[np.uint8], tensors: Iterable[LoraTensor]) -> dict[str, LoraMatrices]:
+    contents = torch.from_numpy(data)
 
-    def matrix(name: str, side: str) -> Tensor:
-        # A copy: what was loaded may still be mapped to the file.
-        stored: Tensor = tensors[f"base_model.model.{name}.lora_{side}.weight"]
-        return stored.to(torch.float32, copy=True)
+    def matrix(tensor: LoraTensor) -> Tensor:
+        start, end = tensor.place
+        kind = _DTYPES[tensor.dtype]
+        stored = contents[start:end]
+        # Files need not place numbers where a processor likes them.
+        aligned = stored if start % kind.itemsize == 0 else stored.clone()
+        return aligned.view(kind).view(tensor.shape).float()
 
-    matrices = {name: LoraMatrices(matrix(name, "A"), matrix(name, "B")) for name in names}
+    sides: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for tensor in tensors:
+        sides[tensor.module][tensor.side] = matrix(tensor)
+    matrices = {name: LoraMatrices(a=pair["A"], b=pair["B"]) for name, pair in sides.items()}
     # What is not a number shows in the sum, which is quicker to see for all of them than each.
     sums = torch.stack([part.sum() for pair in matrices.values() for part in (pair.a, pair.b)])
     if not torch.isfinite(sums).all():

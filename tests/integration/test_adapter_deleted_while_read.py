@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,10 +30,10 @@ def _meanwhile(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> Non
     """Do something once, after the manifest was read and before the files are hashed."""
     left = [do]
 
-    def verify(directory: Path, manifest: artifacts.Manifest) -> None:
+    def verify(directory: Path, *rest: Any) -> None:
         if left:
             left.pop()()
-        artifacts.verify_files(directory, manifest)
+        artifacts.verify_files(directory, *rest)
 
     monkeypatch.setattr(gates, "verify_files", verify)
 
@@ -68,9 +69,12 @@ def test_one_that_is_deleted_and_published_anew_is_read(
     assert gates.read_adapter(path, digest, facts).digest == digest
 
 
-def test_one_that_has_lost_a_file_is_refused(world: World, facts: gates.BaseFacts) -> None:
+@pytest.mark.parametrize("name", [artifacts.CONFIG_FILE, artifacts.WEIGHTS_FILE])
+def test_one_that_has_lost_a_file_is_refused(
+    world: World, facts: gates.BaseFacts, name: str
+) -> None:
     path = world.locate_adapter(world.a.digest)
-    (path / artifacts.CONFIG_FILE).unlink()
+    (path / name).unlink()
     with pytest.raises(Conflict) as caught:
         gates.read_adapter(path, world.a.digest, facts)
     assert caught.value.code == "digest_mismatch"
