@@ -51,7 +51,7 @@ def adapter_directory(service: RunningService, tmp_path_factory: pytest.TempPath
             "adapter": "codes",
             "rows": chat_rows(8),
             "lora": {"r": 8},
-            "training": {"max_steps": 4, "learning_rate": 1e-3},
+            "training": {"max_steps": 2, "batch_size": 1, "learning_rate": 1e-3},
             "evaluation": {"samples": 0},
         }
     )

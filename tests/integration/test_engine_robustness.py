@@ -120,12 +120,12 @@ async def little_memory_left(process: psutil.Process, more: int) -> AsyncIterato
 def test_memory_that_runs_out_in_one_request_fails_that_one_alone(
     tmp_path: Path, activation: str
 ) -> None:
-    # Keys and values of 64 KiB for each token: sixteen rows of 1,000 tokens need a gigabyte.
+    # Keys and values of 256 KiB for each token: sixteen rows of 250 tokens need a gigabyte.
     world = World(
         tmp_path,
         hidden_act=activation,
         max_position_embeddings=8192,
-        head_dim=512,
+        head_dim=2048,
         num_key_value_heads=4,
         num_hidden_layers=4,
     )
@@ -136,12 +136,12 @@ def test_memory_that_runs_out_in_one_request_fails_that_one_alone(
     process = psutil.Process(engine_process.process.pid)
     known, new = (
         make_request(
-            world.base, world.a, prompt=words * 250, n=15, max_new_tokens=4, min_new_tokens=4
+            world.base, world.a, prompt=words * 62, n=15, max_new_tokens=4, min_new_tokens=4
         )
         for words in ("over the lazy dog ", "dog lazy the over ")
     )
     others = [
-        make_request(world.base, adapter, max_new_tokens=400, min_new_tokens=400)
+        make_request(world.base, adapter, max_new_tokens=60, min_new_tokens=60)
         for adapter in (None, world.a, world.b)
     ]
 
