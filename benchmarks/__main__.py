@@ -55,8 +55,7 @@ def main() -> None:
     unknown = set(wanted) - set(_SUITES)
     if unknown:
         parser.error(f"no such suite: {', '.join(sorted(unknown))}")
-    measurements = [measurement for name in wanted for measurement in _SUITES[name](arguments)]
-    publish(measurements, arguments.output)
+    publish((_SUITES[name](arguments) for name in wanted), arguments.output)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -44,15 +44,25 @@ class Measurement:
 
 
 def publish(
-    measurements: Sequence[Measurement], path: Path, versions: Mapping[str, str] | None = None
+    parts: Iterable[Sequence[Measurement]], path: Path, versions: Mapping[str, str] | None = None
 ) -> None:
     """Print a table of medians and write all samples with versions and hardware to `path`.
 
     Args:
-        measurements: In the order of the table.
+        parts: The measurements in the order of the table. Each part is written as soon as it is
+            there, so that it outlives a failure of the next one.
         path: The JSON file.
         versions: Of programs that are not in this environment.
     """
+    measurements: list[Measurement] = []
+    for part in parts:
+        measurements += part
+        _write(measurements, path, versions or {})
+    _print(measurements)
+    print(f"All samples: {path}")
+
+
+def _print(measurements: Sequence[Measurement]) -> None:
     table = Table(title="medians")
     for column in ("work", "ours", "peer", "ratio", "peer is"):
         table.add_column(column)
@@ -66,20 +76,21 @@ def publish(
         )
     Console(width=150).print(table)
 
+
+def _write(measurements: Sequence[Measurement], path: Path, versions: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps(
             {
                 "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 **_machine(),
-                "versions": {**_own_versions(), **(versions or {})},
+                "versions": {**_own_versions(), **versions},
                 "measurements": [{**asdict(m), "ratio": m.ratio} for m in measurements],
             },
             indent=2,
         )
         + "\n"
     )
-    print(f"All samples: {path}")
 
 
 def _own_versions() -> dict[str, str]:

@@ -71,12 +71,8 @@ def main() -> None:
     programs = Programs(given.vllm_python.absolute(), given.llama_python.absolute())
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), _MODEL.resolve(), given.rounds)
-        found = [
-            measurement
-            for part in given.parts or _PARTS
-            for measurement in _measure(part, bench, programs)
-        ]
-    publish(found, given.output, programs.versions())
+        parts = (_measure(part, bench, programs) for part in given.parts or _PARTS)
+        publish(parts, given.output, programs.versions())
 
 
 def _measure(part: str, bench: Bench, programs: Programs) -> list[Measurement]:
