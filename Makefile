@@ -5,13 +5,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Where `make serve` keeps its data.
 DATA_DIR ?= data
-# Test files run side by side, each in one process from beginning to end.
 TEST_PROCESSES ?= 2
 # `make chaos CHAOS_OPTIONS="--seed 7 --faults 50"` replays, or does less.
 CHAOS_OPTIONS ?=
 # `make soak SOAK_OPTIONS="--seed 7 --requests 20000"`
 SOAK_OPTIONS ?=
 CHAOS_REPORT  ?= var/chaos.md
+
+# Test files run side by side, each in one process from beginning to end. More than one thread of
+# torch in each would only wait for a core.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 INSTALLED := $(VENV)/.installed
 SAMPLE_INSTALLED := $(VENV)/.sample-model-installed
@@ -24,7 +27,7 @@ LLAMA_INSTALLED := $(LLAMA)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-vllm check chaos soak serve bench bench-training bench-peers clean distclean
+.PHONY: help setup demo test test-long test-vllm check chaos soak serve bench bench-training bench-peers clean distclean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +37,11 @@ setup: $(INSTALLED) ## Make the virtual environment with all dependencies
 demo: $(SAMPLE_MODEL)/config.json ## Train an adapter on the sample data and compare answers (~5 min)
 	@$(BIN)/python -m examples.demo --model $(SAMPLE_MODEL)
 
-test: $(SAMPLE_MODEL)/config.json ## Run all tests
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+test: $(SAMPLE_MODEL)/config.json ## Run the tests, but for those that take minutes (~10 min)
+	$(PYTEST) -m "not long"
+
+test-long: $(INSTALLED) ## Run the tests that take minutes: soak, kills, a whole cluster (~5 min)
+	$(PYTEST) -m long
 
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED) ## Run the engine contract against a vLLM server on the CPU (~5 min)
 	TUNESMITH_TEST_VLLM_PYTHON=$(VLLM)/bin/python \

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.driver import Driver
 from tests.chaos.schedule import HELD, MATRIX, PAIRS, SUBMIT, Injection, plan
 
@@ -17,6 +19,7 @@ FAULTS = (
 )
 
 
+@pytest.mark.long
 def test_faults_at_named_instants_lose_no_job_and_publish_nothing_twice(tmp_path: Path) -> None:
     schedule = [
         Injection(number, instant, fault, occurrence=1, fraction=0.4)

@@ -17,6 +17,8 @@ from tests.support.polling import wait_until
 from tests.support.service import RunningService, chat_rows
 from tests.support.tiny_model import make_tiny_model
 
+pytestmark = pytest.mark.long
+
 LONG_JOB: dict[str, Any] = {
     "base_model": "tiny",
     "rows": chat_rows(16),

@@ -22,7 +22,7 @@ from tests.support.service import chat_rows
 from tests.support.service_client import TERMINAL
 from tests.support.tiny_model import make_tiny_model
 
-pytestmark = [pytest.mark.postgres, pytest.mark.redis]
+pytestmark = [pytest.mark.long, pytest.mark.postgres, pytest.mark.redis]
 
 STEPS = 300
 JOB: dict[str, Any] = {

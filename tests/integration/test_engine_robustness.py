@@ -27,7 +27,11 @@ def resident_bytes(process: psutil.Process) -> int:
 
 # PEFT takes several times as long for each, so that fewer have to do.
 @pytest.mark.parametrize(
-    ("activation", "cycles"), [("silu", 2000), ("gelu", 200)], ids=["lean-2000", "generic-200"]
+    ("activation", "cycles"),
+    [
+        pytest.param("silu", 2000, id="lean-2000", marks=pytest.mark.long),
+        pytest.param("gelu", 200, id="generic-200"),
+    ],
 )
 def test_memory_is_flat_over_loads_and_unloads(
     tmp_path: Path, activation: str, cycles: int

@@ -13,6 +13,9 @@ from core.inference.lean.linear import Precision, offered_precisions
 from tests.soak.__main__ import MOST_GROWTH_MIB, Plan, soak
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.mark.parametrize("precision", offered_precisions(torch.device("cpu")))
 def test_no_answer_comes_from_other_weights_whatever_happens(
     tmp_path: Path, precision: Precision
