@@ -12,7 +12,6 @@ from core.inference.engine import AdapterRef, Engine, EngineEvent, GenerateReque
 from core.inference.lean.linear import Precision, offered_precisions
 from tests.soak.__main__ import MOST_GROWTH_MIB, Plan, soak
 
-
 pytestmark = pytest.mark.long
 
 
