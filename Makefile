@@ -5,15 +5,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Where `make serve` keeps its data.
 DATA_DIR ?= data
-TEST_PROCESSES ?= 2
 # `make chaos CHAOS_OPTIONS="--seed 7 --faults 50"` replays, or does less.
 CHAOS_OPTIONS ?=
 # `make soak SOAK_OPTIONS="--seed 7 --requests 20000"`
 SOAK_OPTIONS ?=
 CHAOS_REPORT  ?= var/chaos.md
 
-# Test files run side by side, each in one process from beginning to end. More than one thread of
-# torch in each would only wait for a core.
+# Test files run side by side, each in one process from beginning to end: more of them than two
+# cores take, since many wait for processes that they have started. More than one thread of torch in
+# each would only wait for a core.
+TEST_PROCESSES ?= 3
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 INSTALLED := $(VENV)/.installed
