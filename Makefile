@@ -12,10 +12,12 @@ SOAK_OPTIONS ?=
 CHAOS_REPORT  ?= var/chaos.md
 
 # Test files run side by side, each in one process from beginning to end: more of them than two
-# cores take, since many wait for processes that they have started. More than one thread of torch in
-# each would only wait for a core.
+# cores take, since many wait for processes that they have started; in the order of their names, by
+# which the unit tests, all short, come last. More than one thread of torch in each would only wait
+# for a core.
 TEST_PROCESSES ?= 3
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) \
+  --dist loadfile --no-loadscope-reorder
 
 INSTALLED := $(VENV)/.installed
 SAMPLE_INSTALLED := $(VENV)/.sample-model-installed
@@ -38,10 +40,10 @@ setup: $(INSTALLED) ## Make the virtual environment with all dependencies
 demo: $(SAMPLE_MODEL)/config.json ## Train an adapter on the sample data and compare answers (~5 min)
 	@$(BIN)/python -m examples.demo --model $(SAMPLE_MODEL)
 
-test: $(SAMPLE_MODEL)/config.json ## Run the tests, but for those that take minutes (~10 min)
+test: $(SAMPLE_MODEL)/config.json ## Run the tests, but for those that take minutes (~12 min)
 	$(PYTEST) -m "not long"
 
-test-long: $(INSTALLED) ## Run the tests that take minutes: soak, kills, a whole cluster (~5 min)
+test-long: $(SAMPLE_MODEL)/config.json ## Run the tests that take minutes: soak, kills, a whole cluster (~8 min)
 	$(PYTEST) -m long
 
 test-vllm: $(INSTALLED) $(VLLM_INSTALLED) ## Run the engine contract against a vLLM server on the CPU (~5 min)

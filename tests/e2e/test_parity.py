@@ -21,6 +21,7 @@ TOLERANCE = 1e-3
 QUESTIONS = ["What is the code of item 3?", "Name the capital of France.", "Write one short line."]
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.sample_model,
     # PEFT asks under a name that transformers is giving up.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

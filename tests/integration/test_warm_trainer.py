@@ -115,6 +115,7 @@ def test_jobs_leave_the_base_as_it_was_loaded(tmp_path: Path, model_path: Path) 
     assert snapshot(base) == before
 
 
+@pytest.mark.long
 def test_job_b_is_the_same_in_a_fresh_process_and_memory_does_not_grow(
     tmp_path: Path, model_path: Path
 ) -> None:
