@@ -98,6 +98,7 @@ def choose(chunks: Sequence[Chunk], logits: Tensor, prefixes: PrefixStore) -> li
     fails the request that it is for.
     """
     chosen: list[Chosen] = []
+    works: list[Work] = []
     lines: list[Line] = []
     places: list[int] = []
     for place, chunk in enumerate(chunks):
@@ -106,6 +107,7 @@ def choose(chunks: Sequence[Chunk], logits: Tensor, prefixes: PrefixStore) -> li
         except Exception as error:
             chosen.append((chunk.work, None, deliberate(error)))
             continue
+        works += [chunk.work] * len(own)
         lines += own
         places += [place] * len(own)
     if not lines:
@@ -114,8 +116,8 @@ def choose(chunks: Sequence[Chunk], logits: Tensor, prefixes: PrefixStore) -> li
         choices = chunks[0].work.base.choose(logits, places, lines)
     except Exception as error:
         failure = deliberate(error)
-        return chosen + [(line.work, None, failure) for line in lines]
-    return chosen + [(line.work, line, choice) for line, choice in zip(lines, choices, strict=True)]
+        return chosen + [(work, None, failure) for work in works]
+    return chosen + list(zip(works, lines, choices, strict=True))
 
 
 def prompt_tokens(chunks: Collection[Chunk]) -> int:

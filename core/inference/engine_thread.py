@@ -13,6 +13,7 @@ import itertools
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -87,7 +88,7 @@ class EngineThread:
         self._stopping = False
         self._scheduler = Scheduler(max_waiting=max_waiting, max_rows=max_rows)
         self._pace = PrefillPace()
-        self._deadlines: list[tuple[float, int, Work]] = []
+        self._deadlines: list[tuple[float, int, weakref.ref[Work]]] = []
         self._numbers = itertools.count()
         self._advancing = False
         self._give_back_at: float | None = None
@@ -144,9 +145,10 @@ class EngineThread:
             displaced.ended = True
             displaced.fail(engine_full(self._scheduler.waiting))
         if work.deadline is not None:
-            heapq.heappush(self._deadlines, (work.deadline, next(self._numbers), work))
+            entry = (work.deadline, next(self._numbers), weakref.ref(work))
+            heapq.heappush(self._deadlines, entry)
             if len(self._deadlines) > _MOST_DEADLINES:
-                self._deadlines = [entry for entry in self._deadlines if not entry[2].ended]
+                self._deadlines = [entry for entry in self._deadlines if entry[2]() is not None]
                 heapq.heapify(self._deadlines)
         self._advance()
 
@@ -290,8 +292,8 @@ class EngineThread:
 
     def _note_time(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, work = heapq.heappop(self._deadlines)
-            if not (work.ended or work.cancelled):
+            work = heapq.heappop(self._deadlines)[2]()
+            if work is not None and not (work.ended or work.cancelled):
                 work.fail(_too_late())
                 self.cancel(work)
         if self._give_back_at is not None and self._give_back_at <= now:

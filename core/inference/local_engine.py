@@ -86,8 +86,8 @@ class LocalEngine:
     async def generate(self, request: GenerateRequest) -> EventStream:
         """Start a request; see `Engine.generate`."""
         stream = _Stream(self._thread, self._outbox)
-        stream.work = Work(request.base_model, request.adapter, request, stream.deliver)
-        await self._submit(stream)
+        self._check_ready()
+        await stream.open(Work(request.base_model, request.adapter, request, stream.deliver))
         return stream
 
     async def load(
@@ -95,10 +95,10 @@ class LocalEngine:
     ) -> ResidentAdapter:
         """Make an adapter resident; see `Engine.load`."""
         stream = _Stream(self._thread, self._outbox)
-        stream.work = Work(base_model, adapter, None, stream.deliver, keep=keep)
-        await self._submit(stream)
-        assert isinstance(stream.first, ResidentAdapter)
-        return stream.first
+        self._check_ready()
+        loaded = await stream.open(Work(base_model, adapter, None, stream.deliver, keep=keep))
+        assert isinstance(loaded, ResidentAdapter)
+        return loaded
 
     async def unload(self, digest: str) -> int:
         """Forget an adapter; see `Engine.unload`."""
@@ -129,15 +129,6 @@ class LocalEngine:
                 resident_bytes=0,
             )
         return await asyncio.wrap_future(self._thread.call(self._thread.status))
-
-    async def _submit(self, stream: _Stream) -> None:
-        self._check_ready()
-        try:
-            await asyncio.wrap_future(self._thread.call(lambda: self._thread.submit(stream.work)))
-            await stream.open()
-        except BaseException:
-            stream.cancel()
-            raise
 
     def _check_ready(self) -> None:
         if not self.ready.is_set():
@@ -173,7 +164,7 @@ class _Outbox:
             except RuntimeError:
                 # The loop is closed: nobody listens any more.
                 for stream in streams:
-                    stream.work.cancelled = True
+                    stream.abandon()
 
 
 def _take_all(streams: dict[_Stream, list[Outcome]]) -> None:
@@ -189,9 +180,31 @@ class _Stream:
         self._outbox = outbox
         self.loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Outcome] = asyncio.Queue()
-        self._ended = False
-        self.work: Work
-        self.first: Outcome | None = None
+        # Until it has ended. The work refers to the stream, and two that hold each other would
+        # stay, with all the text between them, until a collection finds them.
+        self._work: Work | None = None
+        self._first: Outcome | None = None
+
+    async def open(self, work: Work) -> Outcome:
+        """Have the engine take a request; return the first outcome.
+
+        Args:
+            work: The request, which delivers to this stream.
+
+        Raises:
+            TunesmithError: The engine refuses it, or its first outcome is an error.
+        """
+        self._work = work
+        try:
+            await asyncio.wrap_future(self._thread.call(lambda: self._thread.submit(work)))
+            first = await self._next()
+        except BaseException:
+            self.cancel()
+            raise
+        if isinstance(first, TunesmithError):
+            raise first
+        self._first = first
+        return first
 
     def deliver(self, outcome: Outcome) -> None:
         """Take an outcome; called in the engine thread."""
@@ -202,45 +215,40 @@ class _Stream:
         for outcome in outcomes:
             self._queue.put_nowait(outcome)
 
+    def abandon(self) -> None:
+        """Note that nobody reads any more; called in the engine thread."""
+        if self._work is not None:
+            self._work.cancelled = True
+
     def cancel(self) -> None:
         """Have the engine forget the request, unless it has ended."""
-        if not self._ended:
-            self._ended = True
-            self._thread.call(lambda: self._thread.cancel(self.work))
+        work, self._work = self._work, None
+        if work is not None:
+            self._thread.call(lambda: self._thread.cancel(work))
 
-    async def open(self) -> None:
-        """Wait for the first outcome.
-
-        Raises:
-            TunesmithError: It is an error.
-        """
-        outcome = await self._queue.get()
-        if isinstance(outcome, TunesmithError):
-            self._ended = True
-            raise outcome
-        if isinstance(outcome, ResidentAdapter):
-            self._ended = True
-        self.first = outcome
+    async def aclose(self) -> None:
+        """Cancel the request unless it has ended."""
+        self._first = None
+        self.cancel()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> EngineEvent:
-        outcome, self.first = self.first, None
+        outcome, self._first = self._first, None
         if outcome is None:
-            if self._ended:
+            if self._work is None:
                 raise StopAsyncIteration
             try:
-                outcome = await self._queue.get()
+                outcome = await self._next()
             except asyncio.CancelledError:
                 self.cancel()
                 raise
         assert not isinstance(outcome, TunesmithError | ResidentAdapter)
-        if isinstance(outcome, Done | Failed):
-            self._ended = True
         return outcome
 
-    async def aclose(self) -> None:
-        """Cancel the request unless it has ended."""
-        self.first = None
-        self.cancel()
+    async def _next(self) -> Outcome:
+        outcome = await self._queue.get()
+        if isinstance(outcome, Done | Failed | ResidentAdapter | TunesmithError):
+            self._work = None
+        return outcome

@@ -40,19 +40,10 @@ Outcome = Union["EngineEvent", ResidentAdapter, TunesmithError]
 class Line:
     """One answer of a request: its row, how its tokens are chosen, and its text."""
 
-    work: Work
     row: Row
     sampler: RowSampler
     answer: Answer
     last_token: int = -1
-
-    def push(self, choice: TokenChoice) -> None:
-        """Take the next token, deliver its events, and give the row back after the last one."""
-        self.last_token = choice.token_id
-        for event in self.answer.push(choice):
-            self.work.deliver(event)
-        if self.answer.finish_reason is not None:
-            self.work.base.rows.close_row(self.row)
 
 
 class Work:
@@ -149,7 +140,6 @@ class Work:
         first = base.rows.open_row(digest, prompt.ids)
         self._lines = [
             Line(
-                work=self,
                 row=first,
                 sampler=base.sampler(sampling, index, prompt),
                 answer=Answer(
@@ -253,18 +243,22 @@ class Work:
         return [line for line in self._lines if line.answer.finish_reason is None]
 
     def push(self, line: Line, choice: TokenChoice) -> None:
-        """Take an answer's next token and deliver its events, `Done` last of all."""
-        line.push(choice)
-        self._conclude()
+        """Take an answer's next token and deliver its events, `Done` last of all.
+
+        The row is given back as soon as its answer has ended.
+        """
+        line.last_token = choice.token_id
+        for event in line.answer.push(choice):
+            self.deliver(event)
+        if line.answer.finish_reason is not None:
+            self.base.rows.close_row(line.row)
+        if self.finished:
+            self.deliver(self._done())
 
     def close(self) -> None:
         """Give the rows back."""
         for line in self._lines:
             self.base.rows.close_row(line.row)
-
-    def _conclude(self) -> None:
-        if self.finished:
-            self.deliver(self._done())
 
     def fail(self, error: TunesmithError) -> None:
         """Deliver an error: as itself before the first event, as `Failed` afterwards."""

@@ -102,9 +102,9 @@ def test_a_thousand_requests_wait_in_little_memory_and_are_all_answered(
         assert len(texts) == 1
         await wait_for(lambda: is_idle(engine), "not idle")
         assert (await engine.status()).row_bytes == 0
-        # A connection and its request each, and nothing that is computed: less than 128 KiB.
-        assert grown < 128 * MIB, grown
-        assert resident_bytes(process) - before < 128 * MIB
+        # A connection and its request each, and nothing that is computed: less than 64 KiB.
+        assert grown < 64 * MIB, grown
+        assert (left := resident_bytes(process) - before) < 64 * MIB, left
 
     engine_process.run(scenario)
 
