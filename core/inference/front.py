@@ -202,7 +202,7 @@ class Front:
         return self._templates[key]
 
     def _read(self, base: FrontBase, digest: str, directory: str) -> AdapterWeights:
-        weights = read_adapter(Path(directory), digest, base.facts)
+        weights = read_adapter(Path(directory), digest, base.facts, lambda weights: weights)
         if not any(pair.a.any() and pair.b.any() for pair in weights.modules.values()):
             raise Conflict(
                 "the adapter changes nothing: one matrix of every module is zero",

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from core.artifacts import (
 )
 from core.errors import Conflict, InvalidInput, NotFound
 from core.inference.engine import BaseModelRef
+
+T = TypeVar("T")
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _REPUBLISH = "Train or import the adapter again."
@@ -109,13 +112,19 @@ def check_base_files(ref: BaseModelRef) -> None:
         )
 
 
-def read_adapter(directory: Path, digest: str, base: BaseFacts) -> AdapterWeights:
+def read_adapter(
+    directory: Path, digest: str, base: BaseFacts, prepare: Callable[[AdapterWeights], T]
+) -> T:
     """Read an adapter's files through all gates that need no model.
 
     Args:
         directory: Holds the files of a published artifact.
         digest: Of the adapter that was asked for.
         base: The base model that it has to fit.
+        prepare: Makes of the weights what is wanted of them, while the files are being hashed.
+
+    Returns:
+        What `prepare` returned.
 
     Raises:
         Conflict: Code `digest_mismatch`, `invalid_manifest`, `base_model_mismatch`,
@@ -131,7 +140,7 @@ def read_adapter(directory: Path, digest: str, base: BaseFacts) -> AdapterWeight
                 f"the files of the adapter {digest[:12]}… are gone", code="adapter_files_missing"
             ) from error
         try:
-            return _read_once(directory, digest, base)
+            return _read_once(directory, digest, base, prepare)
         except (Conflict, OSError):
             # A store deletes an adapter by moving its directory away, and may publish the same
             # one again: what a reader misses in the middle of that says nothing about the files.
@@ -148,7 +157,9 @@ def _is_at(path: Path, opened: int) -> bool:
         return False
 
 
-def _read_once(directory: Path, digest: str, base: BaseFacts) -> AdapterWeights:
+def _read_once(
+    directory: Path, digest: str, base: BaseFacts, prepare: Callable[[AdapterWeights], T]
+) -> T:
     try:
         manifest = read_manifest(directory)
     except InvalidInput as error:
@@ -160,12 +171,12 @@ def _read_once(directory: Path, digest: str, base: BaseFacts) -> AdapterWeights:
     with ThreadPoolExecutor(1) as pool:
         verified = pool.submit(verify_files, directory, manifest, {WEIGHTS_FILE: data.data})
         try:
-            weights = _read_files(directory, manifest, data, base)
+            prepared = prepare(_read_files(directory, manifest, data, base))
         except Exception:
             _await_verified(verified)
             raise
         _await_verified(verified)
-    return weights
+    return prepared
 
 
 def _await_verified(verified: Future[None]) -> None:
@@ -309,29 +320,29 @@ def _check_origin(directory: Path, manifest: Manifest, base: BaseFacts) -> None:
         )
 
 
-def _matrices_in(data: NDArray[np.uint8], tensors: Iterable[LoraTensor]) -> dict[str, LoraMatrices]:
+def _matrices_in(data: NDArray[np.uint8], tensors: Sequence[LoraTensor]) -> dict[str, LoraMatrices]:
     contents = torch.from_numpy(data)
 
-    def matrix(tensor: LoraTensor) -> Tensor:
-        start, end = tensor.place
-        kind = _DTYPES[tensor.dtype]
+    def numbers(start: int, end: int, kind: torch.dtype) -> Tensor:
         stored = contents[start:end]
         # Files need not place numbers where a processor likes them.
-        aligned = stored if start % kind.itemsize == 0 else stored.clone()
-        return aligned.view(kind).view(tensor.shape).float()
+        return (stored if start % kind.itemsize == 0 else stored.clone()).view(kind)
 
     sides: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for tensor in tensors:
-        sides[tensor.module][tensor.side] = matrix(tensor)
+        own = numbers(*tensor.place, _DTYPES[tensor.dtype])
+        sides[tensor.module][tensor.side] = own.view(tensor.shape).float()
     matrices = {name: LoraMatrices(a=pair["A"], b=pair["B"]) for name, pair in sides.items()}
-    # What is not a number shows in the sum, which is quicker to see for all of them than each.
-    sums = torch.stack([part.sum() for pair in matrices.values() for part in (pair.a, pair.b)])
-    if not torch.isfinite(sums).all():
-        for name, pair in matrices.items():
-            if not (torch.isfinite(pair.a).all() and torch.isfinite(pair.b).all()):
-                raise Conflict(
-                    f"the adapter's weights of {name} are not all numbers",
-                    code="adapter_not_finite",
-                    hint="The training diverged; train again with a lower learning rate.",
-                )
+    # What is not a number shows in the sum of all, which takes a fraction of looking at each.
+    first, last = min(t.place[0] for t in tensors), max(t.place[1] for t in tensors)
+    kinds = {_DTYPES[tensor.dtype] for tensor in tensors}
+    if len(kinds) == 1 and numbers(first, last, *kinds).float().sum().isfinite():
+        return matrices
+    for name, pair in matrices.items():
+        if not (torch.isfinite(pair.a).all() and torch.isfinite(pair.b).all()):
+            raise Conflict(
+                f"the adapter's weights of {name} are not all numbers",
+                code="adapter_not_finite",
+                hint="The training diverged; train again with a lower learning rate.",
+            )
     return matrices

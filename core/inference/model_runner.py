@@ -152,7 +152,7 @@ class ModelRunner:
             NotFound, Conflict: See `core.inference.gates.read_adapter`.
         """
         base = self.bases[base_digest]
-        return base.prepare(read_adapter(directory, digest, base.facts))
+        return read_adapter(directory, digest, base.facts, base.prepare)
 
     def remove_adapter(self, key: AdapterKey) -> None:
         """Take an adapter out of memory."""

@@ -26,6 +26,10 @@ def facts(world: World) -> gates.BaseFacts:
     return ModelRunner("cpu", threads=1, precision="float32").load_base(world.base).facts
 
 
+def _as_read(weights: gates.AdapterWeights) -> gates.AdapterWeights:
+    return weights
+
+
 def _meanwhile(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
     """Do something once, after the manifest was read and before the files are hashed."""
     left = [do]
@@ -45,10 +49,10 @@ def test_one_that_is_deleted_is_not_found(
     path = world.locate_adapter(digest)
     _meanwhile(monkeypatch, lambda: LocalStore(world.data_dir).delete_adapter(digest))
     with pytest.raises(NotFound) as caught:
-        gates.read_adapter(path, digest, facts)
+        gates.read_adapter(path, digest, facts, _as_read)
     assert caught.value.code == "adapter_files_missing"
     with pytest.raises(NotFound):
-        gates.read_adapter(path, digest, facts)
+        gates.read_adapter(path, digest, facts, _as_read)
 
 
 def test_one_that_is_deleted_and_published_anew_is_read(
@@ -66,7 +70,7 @@ def test_one_that_is_deleted_and_published_anew_is_read(
         raise FileNotFoundError(artifacts.WEIGHTS_FILE)
 
     _meanwhile(monkeypatch, give_anew)
-    assert gates.read_adapter(path, digest, facts).digest == digest
+    assert gates.read_adapter(path, digest, facts, _as_read).digest == digest
 
 
 @pytest.mark.parametrize("name", [artifacts.CONFIG_FILE, artifacts.WEIGHTS_FILE])
@@ -76,5 +80,5 @@ def test_one_that_has_lost_a_file_is_refused(
     path = world.locate_adapter(world.a.digest)
     (path / name).unlink()
     with pytest.raises(Conflict) as caught:
-        gates.read_adapter(path, world.a.digest, facts)
+        gates.read_adapter(path, world.a.digest, facts, _as_read)
     assert caught.value.code == "digest_mismatch"

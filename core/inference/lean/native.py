@@ -85,6 +85,7 @@ class NativeDecoder:
         assert library is not None
         self._library = library
         self._half = precision == "fp16"
+        self._threads = threads
         self.cache_type = torch.float16 if self._half else torch.float32
         # What the structures point at.
         self.weights = decoder
@@ -106,7 +107,7 @@ class NativeDecoder:
             epsilon=shape.epsilon,
             embedding=decoder.embedding.data_ptr(),
             layer=ctypes.addressof(self._layers),
-            head=head.panels.struct,
+            head=head.matrix,
         )
         self._handle = library.tunesmith_open(ctypes.addressof(model), threads)
         if self._handle is None:
@@ -115,7 +116,7 @@ class NativeDecoder:
 
     def prepare(self, adapter: PlacedAdapter, sizes: LayerSizes) -> NativeAdapter:
         """Return an adapter as the kernel reads it; safe from any thread."""
-        return NativeAdapter(adapter, sizes, half=self._half)
+        return NativeAdapter(adapter, sizes, half=self._half, threads=self._threads)
 
     def bytes_beside(self, adapters: Sequence[NativeAdapter]) -> int:
         """Return what a pass with these adapters takes besides them: nothing."""
@@ -196,10 +197,10 @@ def _layer(layer: Any) -> _Layer:
         return norm.data_ptr() if norm.numel() else None
 
     return _Layer(
-        qkv=layer.qkv.panels.struct,
-        o=layer.o.panels.struct,
-        gate_up=layer.gate_up.panels.struct,
-        down=layer.down.panels.struct,
+        qkv=layer.qkv.matrix,
+        o=layer.o.matrix,
+        gate_up=layer.gate_up.matrix,
+        down=layer.down.matrix,
         q_norm=address(layer.q_norm),
         k_norm=address(layer.k_norm),
     )

@@ -23,7 +23,7 @@ from core.inference.lean.adapters import PARTS, LayerSizes, PlacedAdapter
 from core.inference.lean.decoder import LayerAdapters
 
 # As in the C sources; the version changes with every structure that Python fills in.
-_VERSION = 1
+_VERSION = 2
 _PANEL = 16
 _LINE = 64
 
@@ -54,6 +54,12 @@ class Source(Structure):
     ]
 
 
+class _Packing(Structure):
+    """See `kernel/pack.h`."""
+
+    _fields_ = [("matrix", c_void_p), ("sources", c_void_p), ("count", c_int32)]
+
+
 class Lora(Structure):
     """See `kernel/step.c`."""
 
@@ -74,8 +80,8 @@ def load_kernel() -> ctypes.CDLL | None:
             library.tunesmith_step.argtypes = [c_void_p, c_void_p]
             library.tunesmith_close.argtypes = [c_void_p]
             library.tunesmith_close.restype = None
-            library.tunesmith_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p]
-            library.tunesmith_pack.restype = c_float
+            library.tunesmith_pack.argtypes = [c_void_p, c_int32, c_int32]
+            library.tunesmith_pack.restype = None
             return library
     return None
 
@@ -84,68 +90,63 @@ class Arena:
     """Memory for matrices that are read from end to end, in pages as large as the system gives.
 
     Args:
-        chunk_bytes: What is taken from the system at a time, unless a matrix needs more.
+        chunk_bytes: What is taken from the system at a time, unless more is needed at once.
     """
 
     def __init__(self, chunk_bytes: int) -> None:
         self._chunk_bytes = chunk_bytes
         self._free = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, shape: Sequence[int], kind: torch.dtype) -> Tensor:
-        """Return memory for a tensor; it is given back when all tensors of its chunk are gone."""
-        size = math.prod(shape) * kind.itemsize
+    def take(self, size: int) -> Tensor:
+        """Return so many bytes, (size,); a chunk is given back when all its bytes are forgotten."""
         if size > self._free.numel():
             chunk = mmap.mmap(-1, max(size, self._chunk_bytes))
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with suppress(OSError):
                     chunk.madvise(mmap.MADV_HUGEPAGE)
             self._free = torch.frombuffer(chunk, dtype=torch.uint8)
-        taken, self._free = self._free[:size], self._free[-(-size // _LINE) * _LINE :]
-        return taken.view(kind).view(*shape)
+        taken, self._free = self._free[:size], self._free[size:]
+        return taken
 
 
-class Panels:
-    """A matrix as the kernel reads it: panels of 16 outputs, the last one filled up with zeros.
+# A matrix with its sizes, and what its outputs come from, side by side.
+Plan = tuple[Matrix, Sequence[Source]]
+
+
+def pack(plans: Sequence[Plan], arena: Arena, *, threads: int = 1) -> Tensor:
+    """Fill matrices with panels of 16 outputs, the last one of each filled up with zeros.
+
+    A float16 matrix is divided by a power of two, so that small values stay exact.
 
     Args:
-        sources: What its outputs come from, side by side; tensors behind them live until then.
-        inputs: Of the matrix.
-        bias: Shape (outputs,).
-        half: Keep it in float16, divided by a power of two so that small values stay exact.
-        arena: Where it goes.
+        plans: What goes where; tensors behind the sources live until this returns.
+        arena: Where the numbers go.
+        threads: That may work on it.
 
-    Attributes:
-        bytes: What it takes.
-        struct: For the kernel.
+    Returns:
+        The memory that the matrices refer to, (bytes,).
     """
+    sizes = [_packed_bytes(matrix) for matrix, _ in plans]
+    memory = arena.take(sum(sizes))
+    flat = [source for _, own in plans for source in own]
+    sources, packings = (Source * len(flat))(*flat), (_Packing * len(plans))()
+    data, place = memory.data_ptr(), ctypes.addressof(sources)
+    for packing, (matrix, own), size in zip(packings, plans, sizes, strict=True):
+        matrix.data = data
+        packing.matrix, packing.sources, packing.count = ctypes.addressof(matrix), place, len(own)
+        data += size
+        place += len(own) * ctypes.sizeof(Source)
+    library = load_kernel()
+    assert library is not None
+    library.tunesmith_pack(packings, len(plans), threads)
+    return memory
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        inputs: int,
-        *,
-        bias: Tensor | None = None,
-        half: bool,
-        arena: Arena,
-    ) -> None:
-        outputs = sum(source.outputs for source in sources)
-        kind = torch.float16 if half else torch.float32
-        self._data = arena.take((-(-outputs // _PANEL), inputs, _PANEL), kind)
-        self._bias = None if bias is None else bias.detach().float().contiguous()
-        address = self._data.data_ptr()
-        library = load_kernel()
-        assert library is not None
-        array = (Source * len(sources))(*sources)
-        factor = library.tunesmith_pack(array, len(sources), inputs, int(half), address)
-        self.struct = Matrix(
-            data=address,
-            bias=None if self._bias is None else self._bias.data_ptr(),
-            inputs=inputs,
-            outputs=outputs,
-            half=half,
-            factor=factor,
-        )
-        self.bytes = self._data.nbytes
+
+def _packed_bytes(matrix: Matrix) -> int:
+    numbers: int = math.ceil(matrix.outputs / _PANEL) * _PANEL * matrix.inputs
+    # Each begins on a line of its own.
+    size = numbers * (2 if matrix.half else 4)
+    return math.ceil(size / _LINE) * _LINE
 
 
 class NativeAdapter:
@@ -155,50 +156,52 @@ class NativeAdapter:
         adapter: Its matrices, float32.
         sizes: Of the model.
         half: Keep them in float16.
+        threads: That may work on it.
 
     Attributes:
+        address: Of its structures.
         bytes: What the matrices take.
         low_width: Numbers that a token has between A and B, at most.
     """
 
-    def __init__(self, adapter: PlacedAdapter, sizes: LayerSizes, *, half: bool) -> None:
-        self._arena = Arena(_packed_bytes(adapter, sizes, half=half))
-        self._half = half
-        self._panels: list[Panels] = []
+    def __init__(
+        self, adapter: PlacedAdapter, sizes: LayerSizes, *, half: bool, threads: int
+    ) -> None:
         self._structs = (Lora * len(adapter.layers))()
+        plans: list[Plan] = []
+        # What sources point at.
+        kept: list[Tensor | None] = []
         for index, matrices in enumerate(adapter.layers):
+            lora = self._structs[index]
             for product, parts in PARTS.items():
-                if any(part in matrices for part in parts):
-                    self._pack(index, product, adapter, sizes)
+                if not any(part in matrices for part in parts):
+                    continue
+                norm = sizes.norm_before(product, index)
+                low: list[Source] = []
+                for part in parts:
+                    inputs, outputs = sizes.widths[part]
+                    high = Source(outputs=outputs)
+                    low.append(Source(outputs=adapter.rank))
+                    if part in matrices:
+                        a, b = matrices[part].a.contiguous(), matrices[part].b.contiguous()
+                        order = sizes.order_of(part)
+                        kept += [norm, a, b, order]
+                        low[-1] = _source(a, scale=norm)
+                        high = _source(b, order=order, factor=adapter.scale)
+                    plans.append((_planned(lora, f"b_{part}", adapter.rank, outputs, half), [high]))
+                low_width = len(parts) * adapter.rank
+                plans.append((_planned(lora, f"a_{product}", inputs, low_width, half), low))
+        self._memory = pack(plans, Arena(0), threads=threads)
+        del kept
         self.address = ctypes.addressof(self._structs)
-        self.bytes = sum(panels.bytes for panels in self._panels)
+        self.bytes = self._memory.nbytes
         self.low_width = max(map(len, PARTS.values())) * adapter.rank
 
-    def _pack(self, layer: int, product: str, adapter: PlacedAdapter, sizes: LayerSizes) -> None:
-        matrices, rank = adapter.layers[layer], adapter.rank
-        norm = sizes.norm_before(product, layer)
-        own: list[Source] = []
-        # What sources point at.
-        kept: list[Tensor | None] = [norm]
-        for part in PARTS[product]:
-            inputs, outputs = sizes.widths[part]
-            order = sizes.order_of(part)
-            if part in matrices:
-                a, b = matrices[part].a.contiguous(), matrices[part].b.contiguous()
-                kept += [a, b, order]
-                own.append(_source(a, scale=norm))
-                source = _source(b, order=order, factor=adapter.scale)
-            else:
-                own.append(Source(outputs=rank))
-                source = Source(outputs=outputs)
-            self._add(layer, f"b_{part}", [source], rank)
-        self._add(layer, f"a_{product}", own, inputs)
-        del kept
 
-    def _add(self, layer: int, name: str, sources: Sequence[Source], inputs: int) -> None:
-        panels = Panels(sources, inputs, half=self._half, arena=self._arena)
-        self._panels.append(panels)
-        setattr(self._structs[layer], name, panels.struct)
+def _planned(lora: Lora, name: str, inputs: int, outputs: int, half: bool) -> Matrix:
+    matrix: Matrix = getattr(lora, name)
+    matrix.inputs, matrix.outputs, matrix.half = inputs, outputs, half
+    return matrix
 
 
 def _source(
@@ -219,19 +222,6 @@ def _source(
     )
 
 
-def _packed_bytes(adapter: PlacedAdapter, sizes: LayerSizes, *, half: bool) -> int:
-    total = 0
-    for matrices in adapter.layers:
-        for parts in PARTS.values():
-            if any(part in matrices for part in parts):
-                inputs = sizes.widths[parts[0]][0]
-                panels = [(inputs, len(parts) * adapter.rank)]
-                panels += [(adapter.rank, sizes.widths[part][1]) for part in parts]
-                total += sum(-(-n // _PANEL) * _PANEL * k * (2 if half else 4) for k, n in panels)
-    # Each begins on a line of its own.
-    return total + _LINE * len(LayerAdapters._fields) * len(adapter.layers)
-
-
 class PanelLinear(nn.Module):
     """A linear layer that only the kernel computes.
 
@@ -240,9 +230,19 @@ class PanelLinear(nn.Module):
         bias: Shape (out,).
         half: Keep it in float16.
         arena: Where it goes.
+
+    Attributes:
+        matrix: For the kernel, as long as this layer lives.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, half: bool, arena: Arena) -> None:
         super().__init__()
         weight = weight.detach().float().contiguous()
-        self.panels = Panels([_source(weight)], weight.size(1), bias=bias, half=half, arena=arena)
+        self._bias = None if bias is None else bias.detach().float().contiguous()
+        self.matrix = Matrix(
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            inputs=weight.size(1),
+            outputs=weight.size(0),
+            half=half,
+        )
+        self._memory = pack([(self.matrix, [_source(weight)])], arena)

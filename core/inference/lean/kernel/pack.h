@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "product.h"
+#include "threads.h"
 
 /* Some outputs of a matrix: value (k, c) is data[order[c], k] x scale[k] x factor. */
 typedef struct {
@@ -16,6 +17,18 @@ typedef struct {
     float factor;
     int32_t outputs;
 } Source;
+
+/* A matrix whose memory is there, and what its outputs come from, side by side. */
+typedef struct {
+    Matrix *matrix;
+    const Source *sources;
+    int32_t count;
+} Packing;
+
+typedef struct {
+    const Packing *packings;
+    int32_t count;
+} Packings;
 
 static const float *output_of(const Source *s, int32_t column) {
     return s->data + (s->order ? s->order[column] : column) * s->stride;
@@ -99,13 +112,13 @@ static void pack8(const float *const *from, const float *factor, const float *co
     }
 }
 
-/* Fill the panels of some sources side by side; return what their numbers are to be multiplied by. */
-float tunesmith_pack(const Source *sources, int32_t count, int32_t inputs, int32_t half,
-                     void *target) {
-    float factor = half ? find_factor(sources, count, inputs) : 1.0f;
-    const Source *s = sources, *end = sources + count;
+/* Fill a matrix's panels, and find what their numbers are to be multiplied by. */
+static void pack(const Packing *packing) {
+    Matrix *m = packing->matrix;
+    const Source *s = packing->sources, *end = s + packing->count;
+    m->factor = m->half ? find_factor(s, packing->count, m->in) : 1.0f;
     int32_t column = 0; /* of s */
-    for (size_t place = 0; s < end; place += (size_t)inputs * PANEL)
+    for (size_t place = 0; s < end; place += (size_t)m->in * PANEL)
         for (int first = 0; first < PANEL; first += 8) {
             const float *from[8] = {NULL}, *scale[8] = {NULL};
             float own[8] = {0};
@@ -113,14 +126,32 @@ float tunesmith_pack(const Source *sources, int32_t count, int32_t inputs, int32
                 if (s->data) {
                     from[lane] = output_of(s, column);
                     scale[lane] = s->scale;
-                    own[lane] = s->factor / factor;
+                    own[lane] = s->factor / m->factor;
                 }
                 if (++column == s->outputs)
                     s++, column = 0;
             }
-            pack8(from, own, scale, inputs, half, target, place + first);
+            pack8(from, own, scale, m->in, m->half, (void *)m->data, place + first);
         }
-    return factor;
+}
+
+static void pack_in_turn(Team *team, int member, void *argument) {
+    const Packings *given = argument;
+    (void)member;
+    for (int i; (i = next_task(team, 0)) < given->count;)
+        pack(given->packings + i);
+}
+
+/* Pack matrices, several at a time where the system gives threads for that. */
+void tunesmith_pack(const Packing *packings, int32_t count, int32_t threads) {
+    Packings given = {packings, count};
+    Team *team = threads > 1 && count > 1 ? make_team(threads) : NULL;
+    if (team) {
+        run_together(team, pack_in_turn, &given);
+        end_team(team);
+    } else
+        for (int32_t i = 0; i < count; i++)
+            pack(packings + i);
 }
 
 #endif
