@@ -28,7 +28,7 @@ from core.inference.engine import BaseModelRef, GenerateRequest
 from core.inference.gates import AdapterWeights, BaseFacts, check_base_files, read_adapter
 from core.inference.grammar import GrammarCompiler
 from core.inference.neutral_adapter import write_neutral_adapter
-from core.inference.prompts import PromptEncoder
+from core.inference.prompts import PromptEncoder, longest_token
 from core.logging import get_logger
 
 # Prompts do not wait for adapters that are read, nor for each other.
@@ -75,6 +75,7 @@ class FrontBase:
             vocabulary=self.vocabulary,
         )
         self._grammars = GrammarCompiler(self.tokenizer, self.end_ids, self.vocabulary)
+        self._longest_token = longest_token(self.tokenizer)
 
     def encoder(self, template: str | None, *, own: bool, context_length: int) -> PromptEncoder:
         """Return what encodes prompts.
@@ -90,7 +91,7 @@ class FrontBase:
             tokenizer = copy.copy(tokenizer)
             tokenizer.chat_template = template
         limit = min(self.context_length, context_length)
-        return PromptEncoder(tokenizer, limit, self.vocabulary, self._grammars)
+        return PromptEncoder(tokenizer, limit, self.vocabulary, self._grammars, self._longest_token)
 
 
 class Front:

@@ -17,7 +17,7 @@ from core.inference.engine import SamplingParams
 from core.inference.gates import AdapterWeights, BaseFacts, check_applied, check_effect
 from core.inference.generation import TokenChoice
 from core.inference.grammar import GrammarCompiler
-from core.inference.prompts import EncodedPrompt, PromptEncoder
+from core.inference.prompts import EncodedPrompt, PromptEncoder, longest_token
 from core.inference.rows import Prepared, RowModel
 from core.inference.sampling import RowSampler, choose_tokens
 
@@ -69,6 +69,7 @@ class LoadedBase:
         self._context_length = context_length
         self._vocabulary = vocabulary
         self._grammars = GrammarCompiler(tokenizer, eos_ids, vocabulary)
+        self._longest_token = longest_token(tokenizer)
         self._encoders: dict[str | None, PromptEncoder] = {None: self._make_encoder(tokenizer)}
         self._golden: tuple[tuple[int, ...], Tensor] | None = None
 
@@ -149,7 +150,13 @@ class LoadedBase:
         self._encoders.pop(digest, None)
 
     def _make_encoder(self, tokenizer: Any) -> PromptEncoder:
-        return PromptEncoder(tokenizer, self._context_length, self._vocabulary, self._grammars)
+        return PromptEncoder(
+            tokenizer,
+            self._context_length,
+            self._vocabulary,
+            self._grammars,
+            self._longest_token,
+        )
 
     def _check_effect(self, weights: AdapterWeights) -> None:
         ids = tuple(weights.golden_token_ids[:_MAX_GOLDEN_TOKENS])

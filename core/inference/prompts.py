@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from core.data.rendering import encode_text, render_prompt
@@ -33,6 +32,11 @@ class EncodedPrompt:
     matchers: list[Matcher] = field(default_factory=list)
 
 
+def longest_token(tokenizer: Any) -> int:
+    """Return the characters of a tokenizer's longest token, after a look at all of them."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
 class PromptEncoder:
     """Encodes prompts for one base model with one chat template; used from any thread.
 
@@ -41,6 +45,7 @@ class PromptEncoder:
         context_length: Tokens that prompt and answer may have together.
         vocabulary: Tokens that the model knows.
         grammars: Compiles the forms that answers must have.
+        longest_token: Characters that a token may stand for.
     """
 
     def __init__(
@@ -49,11 +54,13 @@ class PromptEncoder:
         context_length: int,
         vocabulary: int,
         grammars: GrammarCompiler,
+        longest_token: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._vocabulary = vocabulary
         self._grammars = grammars
+        self._longest_token = longest_token
 
     def encode(self, request: GenerateRequest) -> EncodedPrompt:
         """Return the request's prompt as token ids.
@@ -136,10 +143,6 @@ class PromptEncoder:
         characters = len(request.prompt or "") + sum(map(len, texts))
         if characters > (self._context_length + 1) * self._longest_token:
             raise self._too_long(f"more than {self._context_length:,}", field)
-
-    @cached_property
-    def _longest_token(self) -> int:
-        return max(map(len, self._tokenizer.get_vocab()))
 
     def _too_long(self, tokens: str, field: str) -> InvalidInput:
         return InvalidInput(
