@@ -167,7 +167,21 @@ class AdapterBank:
         del self._entries[key]
         self.load_failures += 1
         if remember:
-            self._failures[key] = (self._clock() + self._failure_memory_seconds, error)
+            self._remember(key, error)
+
+    def refuse(self, key: AdapterKey, error: TunesmithError) -> None:
+        """Let a resident adapter leave with its last request, and remember it as a failed load.
+
+        Args:
+            key: The adapter; a no-op for one that is about to leave.
+            error: What `recent_failure` shall return.
+        """
+        entry = self._entries[key]
+        if entry.leaving:
+            return
+        self.unload(key.digest)
+        self.load_failures += 1
+        self._remember(key, error)
 
     def unload(self, digest: str) -> int:
         """Evict an adapter from every base model, at once or when its last request ends.
@@ -262,6 +276,9 @@ class AdapterBank:
             last_used_seconds_ago=max(0.0, self._clock() - entry.last_used),
             evictions=entry.evictions,
         )
+
+    def _remember(self, key: AdapterKey, error: TunesmithError) -> None:
+        self._failures[key] = (self._clock() + self._failure_memory_seconds, error)
 
     def _stays(self, key: AdapterKey) -> bool:
         return key in self._kept and self.is_resident(key)

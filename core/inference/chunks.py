@@ -87,8 +87,8 @@ def compute(chunks: Sequence[Chunk]) -> Tensor:
     Returns:
         The logits after each chunk, (chunks, vocabulary).
     """
-    rows = chunks[0].work.base.rows
-    return rows.extend([chunk.row for chunk in chunks], [chunk.token_ids for chunk in chunks])
+    base = chunks[0].work.base
+    return base.extend([chunk.row for chunk in chunks], [chunk.token_ids for chunk in chunks])
 
 
 def choose(chunks: Sequence[Chunk], logits: Tensor, prefixes: PrefixStore) -> list[Chosen]:
@@ -102,6 +102,10 @@ def choose(chunks: Sequence[Chunk], logits: Tensor, prefixes: PrefixStore) -> li
     lines: list[Line] = []
     places: list[int] = []
     for place, chunk in enumerate(chunks):
+        refusal = chunk.work.base.refusal(chunk.row.adapter)
+        if refusal is not None:
+            chosen.append((chunk.work, None, refusal))
+            continue
         try:
             own = [chunk.line] if chunk.line else chunk.work.note_piece(prefixes)
         except Exception as error:

@@ -153,7 +153,7 @@ class TokenLogprob(_Value):
 
 
 class Started(_Value):
-    """First event: the prompt is accepted and the adapter resident.
+    """First event: a piece of the prompt is computed, with an adapter that passed every gate.
 
     Attributes:
         prompt_tokens: Length of the rendered prompt.

@@ -361,6 +361,8 @@ class EngineThread:
         for work, line, choice in chosen:
             if isinstance(choice, TunesmithError):
                 failed[work] = choice
+                if work.key is not None and work.base.refusal(work.key.digest) is choice:
+                    self._bank.refuse(work.key, choice)
             else:
                 self._completion_tokens += 1
                 if line is not None and work not in failed:

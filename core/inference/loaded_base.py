@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from core.errors import TunesmithError
+from core.errors import Conflict, TunesmithError
 from core.inference.engine import SamplingParams
 from core.inference.gates import AdapterWeights, BaseFacts, check_applied, check_effect
 from core.inference.generation import TokenChoice
 from core.inference.grammar import GrammarCompiler
 from core.inference.prompts import EncodedPrompt, PromptEncoder, longest_token
-from core.inference.rows import Prepared, RowModel
+from core.inference.rows import Prepared, Row, RowModel
 from core.inference.sampling import RowSampler, choose_tokens
 
 if TYPE_CHECKING:
     from core.inference.work import Line
 
-# Enough positions to see an effect; more would only take time from running requests.
+# Golden tokens that are read at most; more would only take time from running requests.
 _MAX_GOLDEN_TOKENS = 4
 
 
@@ -71,7 +71,11 @@ class LoadedBase:
         self._grammars = GrammarCompiler(tokenizer, eos_ids, vocabulary)
         self._longest_token = longest_token(tokenizer)
         self._encoders: dict[str | None, PromptEncoder] = {None: self._make_encoder(tokenizer)}
-        self._golden: tuple[tuple[int, ...], Tensor] | None = None
+        # Of the base by itself, after the golden tokens of the adapters so far.
+        self._golden: tuple[list[int], Tensor] | None = None
+        # The golden tokens of adapters that have not computed anything yet.
+        self._unproven: dict[str, list[int]] = {}
+        self._refusals: dict[str, Conflict] = {}
 
     @property
     def bytes(self) -> int:
@@ -127,15 +131,16 @@ class LoadedBase:
         return PreparedAdapter(weights, self.rows.prepare(weights))
 
     def insert(self, adapter: PreparedAdapter) -> None:
-        """Make an adapter resident, through the gates that need the model; or leave no trace.
+        """Make an adapter resident, or leave no trace.
+
+        What it computes is looked at when it is first used; see `extend` and `prove`.
 
         Raises:
-            Conflict: Code `adapter_not_applied`, `adapter_not_finite` or `adapter_has_no_effect`.
+            Conflict: Code `adapter_not_applied`.
         """
         weights = adapter.weights
         try:
             check_applied(self.rows.insert(weights.digest, adapter.prepared), weights.modules)
-            self._check_effect(weights)
         except BaseException:
             self.remove(weights.digest)
             raise
@@ -143,11 +148,54 @@ class LoadedBase:
         tokenizer = copy.copy(self.tokenizer)
         tokenizer.chat_template = weights.template
         self._encoders[weights.digest] = self._make_encoder(tokenizer)
+        self._unproven[weights.digest] = _telling(weights.golden_token_ids[:_MAX_GOLDEN_TOKENS])
+
+    def extend(self, rows: Sequence[Row], pieces: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to each row, in one pass; see `RowModel.extend`.
+
+        Adapters that are used for the first time read their golden tokens in the same pass, where
+        that takes no more memory. `refusal` tells what came of it.
+        """
+        new = [row.adapter for row in rows if row.adapter in self._unproven]
+        if not new:
+            return self.rows.extend(rows, pieces)
+        digests = list(dict.fromkeys(digest for digest in new if digest is not None))
+        beside = self.rows.spare_rows(rows)
+        for digest in digests[beside:]:
+            self._look_at(digest)
+        probes = [self.rows.open_row(d, self._unproven[d]) for d in digests[:beside]]
+        try:
+            logits = self.rows.extend(
+                [*rows, *probes], [*pieces, *(probe.prompt_ids for probe in probes)]
+            )
+        finally:
+            for probe in probes:
+                self.rows.close_row(probe)
+        for digest, own in zip(digests, logits[len(rows) :], strict=False):
+            self._judge(digest, own)
+        return logits[: len(rows)]
+
+    def prove(self, digest: str) -> None:
+        """Look at what a resident adapter computes, unless it has computed before.
+
+        Raises:
+            Conflict: Code `adapter_not_finite` or `adapter_has_no_effect`.
+        """
+        if digest in self._unproven:
+            self._look_at(digest)
+        if (refusal := self.refusal(digest)) is not None:
+            raise refusal
+
+    def refusal(self, digest: str | None) -> Conflict | None:
+        """Return why nothing that a resident adapter computes may be used; `None` if it may."""
+        return self._refusals.get(digest or "")
 
     def remove(self, digest: str) -> None:
         """Forget an adapter; a no-op for one that is not there."""
         self.rows.remove(digest)
         self._encoders.pop(digest, None)
+        self._unproven.pop(digest, None)
+        self._refusals.pop(digest, None)
 
     def _make_encoder(self, tokenizer: Any) -> PromptEncoder:
         return PromptEncoder(
@@ -158,8 +206,26 @@ class LoadedBase:
             self._longest_token,
         )
 
-    def _check_effect(self, weights: AdapterWeights) -> None:
-        ids = tuple(weights.golden_token_ids[:_MAX_GOLDEN_TOKENS])
+    def _look_at(self, digest: str) -> None:
+        self._judge(digest, self.rows.logits_of(digest, self._unproven[digest])[-1])
+
+    def _judge(self, digest: str, logits: Tensor) -> None:
+        """Note whether the logits after its golden tokens, (vocabulary,), tell for an adapter."""
+        ids = self._unproven[digest]
         if self._golden is None or self._golden[0] != ids:
-            self._golden = (ids, self.rows.logits_of(None, ids))
-        check_effect(self._golden[1], self.rows.logits_of(weights.digest, ids))
+            self._golden = (ids, self.rows.logits_of(None, ids)[-1])
+        try:
+            check_effect(self._golden[1], logits)
+        except Conflict as refusal:
+            self._refusals[digest] = refusal
+        del self._unproven[digest]
+
+
+def _telling(ids: list[int]) -> list[int]:
+    """Return as many of some tokens as an effect of any module takes to show.
+
+    Attention to a single token, or to several of one kind, is the same whatever its queries and
+    keys are; a token of a second kind makes the difference.
+    """
+    second = next((place for place, id_ in enumerate(ids) if id_ != ids[0]), len(ids) - 1)
+    return ids[: second + 1]

@@ -114,6 +114,10 @@ class PeftRows:
         """Return the logits of every position of a text by itself, (tokens, vocabulary)."""
         return self._forward(adapter, token_ids, cache=None, logits_to_keep=0)
 
+    def spare_rows(self, rows: Sequence[Row]) -> int:
+        """Return 0: rows are computed one by one, and a prompt not as a text by itself is."""
+        return 0
+
     def open_row(self, adapter: str | None, prompt_ids: list[int]) -> Row:
         """Return a row of which nothing is computed yet; see `RowModel`."""
         return Row(adapter, prompt_ids)

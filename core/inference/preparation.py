@@ -238,10 +238,15 @@ class Preparation:
 
     def _finish_load(self, work: Work) -> TunesmithError | None:
         assert work.key is not None
+        base = self._runner.bases[work.key.base_digest]
         try:
+            base.prove(work.key.digest)
             if work.keep:
                 self._bank.keep(work.key)
-        except Conflict as error:
+        except Exception as problem:
+            error = deliberate(problem)
+            if base.refusal(work.key.digest) is not None:
+                self._bank.refuse(work.key, error)
             return error
         work.deliver(self._bank.describe(work.key))
         return None

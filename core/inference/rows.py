@@ -96,6 +96,13 @@ class RowModel(Protocol):
         """Return the logits of every position of a text by itself, (tokens, vocabulary)."""
         ...
 
+    def spare_rows(self, rows: Sequence[Row]) -> int:
+        """Return how many short rows may join a pass of these, at no cost in memory.
+
+        There are none where that could change the last bit of any row's logits.
+        """
+        ...
+
     def open_row(self, adapter: str | None, prompt_ids: list[int]) -> Row:
         """Return a row of which nothing is computed yet."""
         ...

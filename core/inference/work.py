@@ -132,7 +132,7 @@ class Work:
         self._loaded = time.monotonic()
 
     def start(self, base: LoadedBase, prompt: EncodedPrompt) -> None:
-        """Make ready for reading the prompt and deliver `Started`."""
+        """Make ready for reading the prompt."""
         assert self.request is not None
         sampling = self.request.sampling
         digest = self.adapter.digest if self.adapter else None
@@ -163,15 +163,6 @@ class Work:
             project_id=self.project_id,
         )
         self.row_lengths = [len(prompt.ids) + prompt.max_new_tokens] * sampling.n
-        self._started = True
-        self.deliver(
-            Started(
-                prompt_tokens=len(prompt.ids),
-                base_digest=base.facts.digest,
-                adapter_digest=digest,
-                precision=base.precision,
-            )
-        )
 
     def reuse(self, prefixes: PrefixStore) -> None:
         """Take over what others have computed of the same prompt since the last piece."""
@@ -224,9 +215,15 @@ class Work:
     def note_piece(self, prefixes: PrefixStore) -> list[Line]:
         """Share what was read; return the answers that get their first token now, if any.
 
+        `Started` is delivered with the first piece: by then the adapter has shown that it may
+        answer.
+
         Args:
             prefixes: Takes what is computed, for others.
         """
+        if not self._started:
+            self._started = True
+            self.deliver(self._describe_start())
         first, *others = self._lines
         # Before any token: an answer may end with its first one, and its row with it.
         self._share(prefixes)
@@ -265,6 +262,14 @@ class Work:
         wire = to_wire(error)
         # A copy: several requests may fail for one reason, and each raises its own.
         self.deliver(Failed(error=wire) if self._started else from_wire(wire))
+
+    def _describe_start(self) -> Started:
+        return Started(
+            prompt_tokens=self._prompt_tokens,
+            base_digest=self.base.facts.digest,
+            adapter_digest=self.adapter.digest if self.adapter else None,
+            precision=self.base.precision,
+        )
 
     def _done(self) -> Done:
         now = time.monotonic()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 _SLOTS_STEP = 4
+# One more, in which a new adapter reads its golden tokens beside the rows.
+_SPARE_SLOTS = 1
 _CAPACITY_STEP = 128
 
 
@@ -53,9 +55,13 @@ class KvCache:
         """Size of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    def slots_for(self, rows: int) -> int:
+        """Return how many slots there are with room for so many rows."""
+        return _round_up(rows, _SLOTS_STEP) + _SPARE_SLOTS
+
     def bytes_for(self, slots: int, capacity: int) -> int:
         """Return what a cache with room for so many rows of so many positions takes."""
-        positions = _round_up(slots, _SLOTS_STEP) * _round_up(capacity, _CAPACITY_STEP)
+        positions = self.slots_for(slots) * _round_up(capacity, _CAPACITY_STEP)
         return (
             self._layers
             * positions
@@ -71,7 +77,7 @@ class KvCache:
 
     def resize(self, slots: int, capacity: int) -> None:
         """Have room for so many rows of so many positions and little more; these stay."""
-        slots, capacity = _round_up(slots, _SLOTS_STEP), _round_up(capacity, _CAPACITY_STEP)
+        slots, capacity = self.slots_for(slots), _round_up(capacity, _CAPACITY_STEP)
         # Should memory run out half-way, the next step resizes again rather than trust the rest.
         self.slots = self.capacity = 0
         for index in range(self._layers):

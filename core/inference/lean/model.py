@@ -118,6 +118,15 @@ class LeanModel:
         if self._resident.pop(digest, None) is not None:
             self._decoder.forget(digest)
 
+    def spare_rows(self, rows: Sequence[Row]) -> int:
+        """Return how many short rows may join a pass of these; see `RowModel`."""
+        if self._decoder.rows_in_front:
+            return 0
+        new = sum(row.cache is None for row in rows)
+        occupied = sum(row is not None for row in self._slots)
+        taken = max(len(self._slots), occupied + new)
+        return max(self._cache.slots, self._cache.slots_for(taken)) - taken
+
     def open_row(self, adapter: str | None, prompt_ids: list[int]) -> Row:
         """Return a row of which nothing is computed yet; see `RowModel`."""
         return Row(adapter, prompt_ids)
