@@ -8,24 +8,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from core.errors import Conflict, TunesmithError
+from core.errors import TunesmithError
 from core.inference.engine import SamplingParams
 from core.inference.gates import AdapterWeights, BaseFacts, check_applied, check_effect
 from core.inference.generation import TokenChoice
 from core.inference.grammar import GrammarCompiler
+from core.inference.preparation import deliberate
 from core.inference.prompts import EncodedPrompt, PromptEncoder, longest_token
 from core.inference.rows import Prepared, Row, RowModel
 from core.inference.sampling import RowSampler, choose_tokens
+from core.logging import get_logger
 
 if TYPE_CHECKING:
     from core.inference.work import Line
 
 # Golden tokens that are read at most; more would only take time from running requests.
 _MAX_GOLDEN_TOKENS = 4
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,13 @@ class PreparedAdapter:
     def bytes(self) -> int:
         """What it takes in memory once it is resident."""
         return self.prepared.bytes
+
+
+class _Golden(NamedTuple):
+    """Some tokens, and the logits of the base model by itself after them, (vocabulary,)."""
+
+    ids: list[int]
+    logits: Tensor
 
 
 class LoadedBase:
@@ -71,11 +82,11 @@ class LoadedBase:
         self._grammars = GrammarCompiler(tokenizer, eos_ids, vocabulary)
         self._longest_token = longest_token(tokenizer)
         self._encoders: dict[str | None, PromptEncoder] = {None: self._make_encoder(tokenizer)}
-        # Of the base by itself, after the golden tokens of the adapters so far.
-        self._golden: tuple[list[int], Tensor] | None = None
-        # The golden tokens of adapters that have not computed anything yet.
-        self._unproven: dict[str, list[int]] = {}
-        self._refusals: dict[str, Conflict] = {}
+        # Of the newest adapter; most adapters have the same ones.
+        self._golden: _Golden | None = None
+        # Of adapters that have not computed anything yet.
+        self._unproven: dict[str, _Golden] = {}
+        self._refusals: dict[str, TunesmithError] = {}
 
     @property
     def bytes(self) -> int:
@@ -141,6 +152,7 @@ class LoadedBase:
         weights = adapter.weights
         try:
             check_applied(self.rows.insert(weights.digest, adapter.prepared), weights.modules)
+            self._unproven[weights.digest] = self._golden_for(weights)
         except BaseException:
             self.remove(weights.digest)
             raise
@@ -148,7 +160,6 @@ class LoadedBase:
         tokenizer = copy.copy(self.tokenizer)
         tokenizer.chat_template = weights.template
         self._encoders[weights.digest] = self._make_encoder(tokenizer)
-        self._unproven[weights.digest] = _telling(weights.golden_token_ids[:_MAX_GOLDEN_TOKENS])
 
     def extend(self, rows: Sequence[Row], pieces: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens to each row, in one pass; see `RowModel.extend`.
@@ -163,7 +174,7 @@ class LoadedBase:
         beside = self.rows.spare_rows(rows)
         for digest in digests[beside:]:
             self._look_at(digest)
-        probes = [self.rows.open_row(d, self._unproven[d]) for d in digests[:beside]]
+        probes = [self.rows.open_row(d, self._unproven[d].ids) for d in digests[:beside]]
         try:
             logits = self.rows.extend(
                 [*rows, *probes], [*pieces, *(probe.prompt_ids for probe in probes)]
@@ -179,15 +190,18 @@ class LoadedBase:
         """Look at what a resident adapter computes, unless it has computed before.
 
         Raises:
-            Conflict: Code `adapter_not_finite` or `adapter_has_no_effect`.
+            TunesmithError: See `refusal`.
         """
         if digest in self._unproven:
             self._look_at(digest)
         if (refusal := self.refusal(digest)) is not None:
             raise refusal
 
-    def refusal(self, digest: str | None) -> Conflict | None:
-        """Return why nothing that a resident adapter computes may be used; `None` if it may."""
+    def refusal(self, digest: str | None) -> TunesmithError | None:
+        """Return why nothing that a resident adapter computes may be used; `None` if it may.
+
+        Most often that is a `Conflict`, code `adapter_not_finite` or `adapter_has_no_effect`.
+        """
         return self._refusals.get(digest or "")
 
     def remove(self, digest: str) -> None:
@@ -206,19 +220,24 @@ class LoadedBase:
             self._longest_token,
         )
 
+    def _golden_for(self, weights: AdapterWeights) -> _Golden:
+        ids = _telling(weights.golden_token_ids[:_MAX_GOLDEN_TOKENS])
+        if self._golden is None or self._golden.ids != ids:
+            self._golden = _Golden(ids, self.rows.logits_of(None, ids)[-1])
+        return self._golden
+
     def _look_at(self, digest: str) -> None:
-        self._judge(digest, self.rows.logits_of(digest, self._unproven[digest])[-1])
+        self._judge(digest, self.rows.logits_of(digest, self._unproven[digest].ids)[-1])
 
     def _judge(self, digest: str, logits: Tensor) -> None:
         """Note whether the logits after its golden tokens, (vocabulary,), tell for an adapter."""
-        ids = self._unproven[digest]
-        if self._golden is None or self._golden[0] != ids:
-            self._golden = (ids, self.rows.logits_of(None, ids)[-1])
+        golden = self._unproven.pop(digest)
         try:
-            check_effect(self._golden[1], logits)
-        except Conflict as refusal:
-            self._refusals[digest] = refusal
-        del self._unproven[digest]
+            check_effect(golden.logits, logits)
+        except Exception as error:
+            # Rows of the same pass have taken their tokens: it must not seem to have failed.
+            refusal = self._refusals[digest] = deliberate(error)
+            log.warning("adapter_refused", digest=digest, code=refusal.code)
 
 
 def _telling(ids: list[int]) -> list[int]:
