@@ -7,7 +7,6 @@ config. `core.inference.front_process` runs it, and says how to speak to it.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from core.inference.engine import BaseModelRef, GenerateRequest
 from core.inference.gates import AdapterWeights, BaseFacts, check_base_files, read_adapter
 from core.inference.grammar import GrammarCompiler
 from core.inference.neutral_adapter import write_neutral_adapter
-from core.inference.prompts import PromptEncoder, longest_token
+from core.inference.prompts import PromptEncoder
 from core.logging import get_logger
 
 # Prompts do not wait for adapters that are read, nor for each other.
@@ -65,7 +64,7 @@ class FrontBase:
             raise _unreadable(ref, error) from error
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.context_length = int(context or _UNLIMITED_CONTEXT)
+        context_length = int(context or _UNLIMITED_CONTEXT)
         ends = end_token_ids(self.tokenizer) | stated_ends
         self.end_ids = frozenset(id_ for id_ in ends if 0 <= id_ < self.vocabulary)
         self.facts = BaseFacts(
@@ -74,8 +73,8 @@ class FrontBase:
             linear_modules=linear_modules(model),
             vocabulary=self.vocabulary,
         )
-        self._grammars = GrammarCompiler(self.tokenizer, self.end_ids, self.vocabulary)
-        self._longest_token = longest_token(self.tokenizer)
+        grammars = GrammarCompiler(self.tokenizer, self.end_ids, self.vocabulary)
+        self._encoder = PromptEncoder(self.tokenizer, context_length, self.vocabulary, grammars)
 
     def encoder(self, template: str | None, *, own: bool, context_length: int) -> PromptEncoder:
         """Return what encodes prompts.
@@ -85,13 +84,9 @@ class FrontBase:
             own: Whether the base model's own template is used instead.
             context_length: What the server can read at most.
         """
-        tokenizer = self.tokenizer
-        if not own:
-            # The tokenizer is the base's own, byte for byte; only the template is the adapter's.
-            tokenizer = copy.copy(tokenizer)
-            tokenizer.chat_template = template
-        limit = min(self.context_length, context_length)
-        return PromptEncoder(tokenizer, limit, self.vocabulary, self._grammars, self._longest_token)
+        # The tokenizer is the base's own, byte for byte; only the template is the adapter's.
+        encoder = self._encoder if own else self._encoder.with_template(template)
+        return encoder.limited_to(context_length)
 
 
 class Front:

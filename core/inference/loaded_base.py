@@ -5,7 +5,6 @@ Used from the engine thread only, except for what its docstrings say otherwise.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +17,7 @@ from core.inference.gates import AdapterWeights, BaseFacts, check_applied, check
 from core.inference.generation import TokenChoice
 from core.inference.grammar import GrammarCompiler
 from core.inference.preparation import deliberate
-from core.inference.prompts import EncodedPrompt, PromptEncoder, longest_token
+from core.inference.prompts import EncodedPrompt, PromptEncoder
 from core.inference.rows import Prepared, Row, RowModel
 from core.inference.sampling import RowSampler, choose_tokens
 from core.logging import get_logger
@@ -77,11 +76,10 @@ class LoadedBase:
         self.tokenizer = tokenizer
         self.facts = facts
         self.eos_ids = eos_ids
-        self._context_length = context_length
-        self._vocabulary = vocabulary
-        self._grammars = GrammarCompiler(tokenizer, eos_ids, vocabulary)
-        self._longest_token = longest_token(tokenizer)
-        self._encoders: dict[str | None, PromptEncoder] = {None: self._make_encoder(tokenizer)}
+        grammars = GrammarCompiler(tokenizer, eos_ids, vocabulary)
+        self._encoders: dict[str | None, PromptEncoder] = {
+            None: PromptEncoder(tokenizer, context_length, vocabulary, grammars)
+        }
         # Of the newest adapter; most adapters have the same ones.
         self._golden: _Golden | None = None
         # Of adapters that have not computed anything yet.
@@ -157,9 +155,7 @@ class LoadedBase:
             self.remove(weights.digest)
             raise
         # The tokenizer is the base's own, byte for byte; only the template is the adapter's.
-        tokenizer = copy.copy(self.tokenizer)
-        tokenizer.chat_template = weights.template
-        self._encoders[weights.digest] = self._make_encoder(tokenizer)
+        self._encoders[weights.digest] = self._encoders[None].with_template(weights.template)
 
     def extend(self, rows: Sequence[Row], pieces: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens to each row, in one pass; see `RowModel.extend`.
@@ -210,15 +206,6 @@ class LoadedBase:
         self._encoders.pop(digest, None)
         self._unproven.pop(digest, None)
         self._refusals.pop(digest, None)
-
-    def _make_encoder(self, tokenizer: Any) -> PromptEncoder:
-        return PromptEncoder(
-            tokenizer,
-            self._context_length,
-            self._vocabulary,
-            self._grammars,
-            self._longest_token,
-        )
 
     def _golden_for(self, weights: AdapterWeights) -> _Golden:
         ids = _telling(weights.golden_token_ids[:_MAX_GOLDEN_TOKENS])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from core.data.rendering import encode_text, render_prompt
 from core.data.rows import Problem
@@ -32,11 +33,6 @@ class EncodedPrompt:
     matchers: list[Matcher] = field(default_factory=list)
 
 
-def longest_token(tokenizer: Any) -> int:
-    """Return the characters of a tokenizer's longest token, after a look at all of them."""
-    return max(map(len, tokenizer.get_vocab()))
-
-
 class PromptEncoder:
     """Encodes prompts for one base model with one chat template; used from any thread.
 
@@ -45,7 +41,6 @@ class PromptEncoder:
         context_length: Tokens that prompt and answer may have together.
         vocabulary: Tokens that the model knows.
         grammars: Compiles the forms that answers must have.
-        longest_token: Characters that a token may stand for.
     """
 
     def __init__(
@@ -54,13 +49,26 @@ class PromptEncoder:
         context_length: int,
         vocabulary: int,
         grammars: GrammarCompiler,
-        longest_token: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._vocabulary = vocabulary
         self._grammars = grammars
-        self._longest_token = longest_token
+        # A look at all tokens takes longer than loading an adapter: once, for all templates.
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
+
+    def with_template(self, template: str | None) -> Self:
+        """Return an encoder that renders by another chat template, and is the same otherwise."""
+        twin = copy.copy(self)
+        twin._tokenizer = copy.copy(self._tokenizer)
+        twin._tokenizer.chat_template = template
+        return twin
+
+    def limited_to(self, context_length: int) -> Self:
+        """Return an encoder for a server that reads so many tokens at most."""
+        twin = copy.copy(self)
+        twin._context_length = min(self._context_length, context_length)
+        return twin
 
     def encode(self, request: GenerateRequest) -> EncodedPrompt:
         """Return the request's prompt as token ids.

@@ -21,7 +21,7 @@ from core.data.trained_text import TrainedTextCheck
 from core.errors import InvalidInput
 from core.inference.engine import GenerateRequest
 from core.inference.grammar import GrammarCompiler
-from core.inference.prompts import PromptEncoder, longest_token
+from core.inference.prompts import PromptEncoder
 from core.specs import JobSpec
 from tests.support.tiny_model import CHATML, make_tiny_model, make_tokenizer
 from tests.unit.test_rendering import TURNS, trained_runs
@@ -113,11 +113,7 @@ def served(tokenizer: Any, **asked: Any) -> list[int]:
         }
         | asked
     )
-    return (
-        PromptEncoder(tokenizer, 512, len(tokenizer), grammars, longest_token(tokenizer))
-        .encode(request)
-        .ids
-    )
+    return PromptEncoder(tokenizer, 512, len(tokenizer), grammars).encode(request).ids
 
 
 @pytest.mark.parametrize("markers", [True, False])
