@@ -161,16 +161,16 @@ class LoadedBase:
         """Append tokens to each row, in one pass; see `RowModel.extend`.
 
         Adapters that are used for the first time read their golden tokens in the same pass, where
-        that takes no more memory. `refusal` tells what came of it.
+        that leaves the rows' logits as they are. `refusal` tells what came of it.
         """
-        new = [row.adapter for row in rows if row.adapter in self._unproven]
+        used = dict.fromkeys(row.adapter for row in rows if row.adapter is not None)
+        new = [digest for digest in used if digest in self._unproven]
+        if not self.rows.rows_are_independent:
+            while new:
+                self._look_at(new.pop())
         if not new:
             return self.rows.extend(rows, pieces)
-        digests = list(dict.fromkeys(digest for digest in new if digest is not None))
-        beside = self.rows.spare_rows(rows)
-        for digest in digests[beside:]:
-            self._look_at(digest)
-        probes = [self.rows.open_row(d, self._unproven[d].ids) for d in digests[:beside]]
+        probes = [self.rows.open_row(digest, self._unproven[digest].ids) for digest in new]
         try:
             logits = self.rows.extend(
                 [*rows, *probes], [*pieces, *(probe.prompt_ids for probe in probes)]
@@ -178,7 +178,7 @@ class LoadedBase:
         finally:
             for probe in probes:
                 self.rows.close_row(probe)
-        for digest, own in zip(digests, logits[len(rows) :], strict=False):
+        for digest, own in zip(new, logits[len(rows) :], strict=True):
             self._judge(digest, own)
         return logits[: len(rows)]
 

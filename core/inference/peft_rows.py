@@ -35,6 +35,8 @@ class PeftRows:
     """
 
     precision = "float32"
+    # Rows are computed one by one, but a text in pieces is not computed as one in one piece.
+    rows_are_independent = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -113,10 +115,6 @@ class PeftRows:
     def logits_of(self, adapter: str | None, token_ids: Sequence[int]) -> Tensor:
         """Return the logits of every position of a text by itself, (tokens, vocabulary)."""
         return self._forward(adapter, token_ids, cache=None, logits_to_keep=0)
-
-    def spare_rows(self, rows: Sequence[Row]) -> int:
-        """Return 0: rows are computed one by one, and a prompt not as a text by itself is."""
-        return 0
 
     def open_row(self, adapter: str | None, prompt_ids: list[int]) -> Row:
         """Return a row of which nothing is computed yet; see `RowModel`."""

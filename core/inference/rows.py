@@ -62,6 +62,14 @@ class RowModel(Protocol):
         ...
 
     @property
+    def rows_are_independent(self) -> bool:
+        """Whether a row's logits are to the last bit those of its text by itself.
+
+        Whatever pieces it was read in, and whatever rows are beside it.
+        """
+        ...
+
+    @property
     def cache_bytes(self) -> int:
         """What open rows take; 0 when there are none."""
         ...
@@ -94,13 +102,6 @@ class RowModel(Protocol):
 
     def logits_of(self, adapter: str | None, token_ids: Sequence[int]) -> Tensor:
         """Return the logits of every position of a text by itself, (tokens, vocabulary)."""
-        ...
-
-    def spare_rows(self, rows: Sequence[Row]) -> int:
-        """Return how many short rows may join a pass of these, at no cost in memory.
-
-        There are none where that could change the last bit of any row's logits.
-        """
         ...
 
     def open_row(self, adapter: str | None, prompt_ids: list[int]) -> Row:

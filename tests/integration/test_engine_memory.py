@@ -23,8 +23,6 @@ from tests.support.polling import wait_until
 
 # Of the tiny model: two layers, two key-value heads of 16, keys and values, float32.
 TOKEN_BYTES = 2 * 2 * 16 * 2 * 4
-# Four rows, and the place in which a new adapter reads its golden tokens.
-FOUR_ROWS = 4 + 1
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +47,8 @@ def of_project(request: GenerateRequest, project_id: str) -> GenerateRequest:
 
 
 def test_requests_run_together_only_as_far_as_their_memory_goes(world: World) -> None:
-    # Of 128 positions each.
-    with engine_with(world, budgets=Budgets(rows=FOUR_ROWS * 128 * TOKEN_BYTES)) as harness:
+    # Four rows of 128 positions.
+    with engine_with(world, budgets=Budgets(rows=4 * 128 * TOKEN_BYTES)) as harness:
         request = make_request(world.base, max_new_tokens=60, min_new_tokens=60)
 
         async def scenario(engine: Engine) -> int:
@@ -63,25 +61,25 @@ def test_requests_run_together_only_as_far_as_their_memory_goes(world: World) ->
             assert len({answer.text for answer in await answers}) == 1
             return most
 
-        assert harness.run(scenario) == FOUR_ROWS * 128 * TOKEN_BYTES
+        assert harness.run(scenario) == 4 * 128 * TOKEN_BYTES
         assert harness.rows(world.base).cache_bytes == 0
 
 
 def test_what_can_never_run_is_refused_with_the_reason(world: World) -> None:
-    with engine_with(world, budgets=Budgets(rows=FOUR_ROWS * 128 * TOKEN_BYTES)) as harness:
-        for too_much in ({"max_new_tokens": 200}, {"max_new_tokens": 60, "n": 5}):
+    with engine_with(world, budgets=Budgets(rows=4 * 128 * TOKEN_BYTES)) as harness:
+        for too_much in ({"max_new_tokens": 200, "n": 3}, {"max_new_tokens": 60, "n": 5}):
             request = make_request(world.base, **too_much)
             with pytest.raises(InvalidInput) as refused:
                 harness.run(lambda engine, request=request: collect(engine, request))
             assert refused.value.code == "row_memory_exceeded"
-            assert f"{FOUR_ROWS * 128 * TOKEN_BYTES:,}" in refused.value.message
+            assert f"{4 * 128 * TOKEN_BYTES:,}" in refused.value.message
         fits = make_request(world.base, max_new_tokens=60, n=4)
         assert harness.run(lambda engine: collect(engine, fits)).done is not None
 
 
 def test_the_cache_takes_no_more_than_what_was_planned(world: World) -> None:
     """A long row, then many short ones beside a survivor: both dimensions never grow at once."""
-    limit = FOUR_ROWS * 512 * TOKEN_BYTES
+    limit = 4 * 512 * TOKEN_BYTES
     with engine_with(world, budgets=Budgets(rows=limit)) as harness:
         long = make_request(world.base, max_new_tokens=450, min_new_tokens=450)
         short = make_request(world.base, max_new_tokens=40, min_new_tokens=40)

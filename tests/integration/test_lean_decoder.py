@@ -238,10 +238,13 @@ def test_an_adapter_that_comes_back_under_its_name_is_not_confused_with_the_old_
     texts.step(again, [3, 4])
 
 
-def test_rows_close_up_when_room_is_needed_and_never_take_more_than_was_foreseen() -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_never_take_more_than_was_foreseen_nor_keep_the_room_of_who_has_left(
+    path: Any,
+) -> None:
     model = make_model("llama")
     adapters = [make_adapter(model, 0, 4), make_adapter(model, 1, 16, "q_proj")]
-    texts = Texts(model, LeanModel(model, "float32"), adapters)
+    texts = Texts(model, LeanModel(model, "float32", path=path), adapters)
     lean = texts.lean
     rows = [
         texts.open(digest, [number, 2, 3])
@@ -250,27 +253,55 @@ def test_rows_close_up_when_room_is_needed_and_never_take_more_than_was_foreseen
     ]
     long = texts.open("digest-1", list(range(90)))
     texts.step([*rows, long], list(range(10)))
+    before = lean.cache_bytes
     for row in rows[:8]:
         lean.close_row(row)
-    # What is left stands behind; growing in length must not keep the room of who has left.
-    before = lean.cache_bytes
+    # What is left stands behind, where rows have slots that they must leave for this.
     late = texts.open(None, [4, 5, *range(60)], piece=7)
     for token_id in range(45):
         texts.step([long, rows[8], late], [token_id, 2, 3])
-    assert lean.cache_bytes == lean.bytes_for([len(texts.ids[long])] * 3, ()) < before
+    lengths = [len(texts.ids[row]) for row in (long, rows[8], late)]
+    assert max(lengths) > 128
+    assert lean.cache_bytes == lean.bytes_for(lengths, ()) < before
+    for row in (long, rows[8], late):
+        lean.close_row(row)
+    assert lean.cache_bytes == 0
 
 
-def test_what_one_row_has_computed_serves_another_of_the_same_text() -> None:
+@pytest.mark.parametrize("length", [128, 200])
+@pytest.mark.parametrize("path", PATHS)
+def test_continuations_of_one_text_go_their_own_ways(path: Any, length: int) -> None:
+    model = make_model("llama")
+    texts = Texts(model, LeanModel(model, "float32", path=path), [make_adapter(model, 0, 4)])
+    lean = texts.lean
+    row = texts.open("digest-0", [number % VOCABULARY for number in range(length)])
+    rows = [row, *(texts.fork(row) for _ in range(3))]
+    for step in range(4):
+        texts.step(rows, [7 * place + step for place in range(4)])
+    if path == "native":
+        # The full page of the text that they have in common is there once.
+        assert lean.cache_bytes == lean.bytes_for([128] * (1 + 4), ())
+    # Who leaves takes nothing away from the others.
+    lean.close_row(rows.pop(0))
+    late = texts.open(None, [1, 2, 3])
+    texts.step([*rows, late], [5, 6, 7, 8])
+    for one in (*rows, late):
+        lean.close_row(one)
+    assert lean.cache_bytes == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_one_row_has_computed_serves_another_of_the_same_text(path: Any) -> None:
     model = make_model("qwen3")
-    texts = Texts(model, LeanModel(model, "float32"), [make_adapter(model, 0, 4)])
-    prompt = [number % VOCABULARY for number in range(100)]
+    texts = Texts(model, LeanModel(model, "float32", path=path), [make_adapter(model, 0, 4)])
+    prompt = [number % VOCABULARY for number in range(300)]
     first = texts.open("digest-0", prompt)
-    blocks = [texts.lean.read_cache(first, start, start + 32) for start in (0, 32, 64)]
+    blocks = [texts.lean.read_cache(first, start, start + 96) for start in (0, 96, 192)]
     row = texts.lean.open_row("digest-0", prompt)
     # A piece of its own, then two blocks of which the first overlaps it, then the rest.
-    texts.lean.extend([row], [prompt[:40]])
-    texts.lean.write_cache(row, 32, blocks[1:])
-    assert row.length == 96
+    texts.lean.extend([row], [prompt[:140]])
+    texts.lean.write_cache(row, 96, blocks[1:])
+    assert row.length == 288
     texts.ids[row] = list(prompt)
     texts.check(row, read_prompt(texts.lean, row))
     texts.step([row, first], [5, 6])

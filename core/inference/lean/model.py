@@ -1,7 +1,7 @@
 """Rows and adapters of one base model on the lean decoder.
 
-Owns which row has which slot of the cache and which adapters are resident; a decoder computes the
-passes, `native` where it can and `scripted` everywhere else.
+Owns which adapters are resident. A decoder computes the passes, `native` where it can, `scripted`
+everywhere else, with keys and values in a cache of its own kind.
 """
 
 from __future__ import annotations
@@ -78,14 +78,10 @@ class LeanModel:
             for layer in layers
         ]
         self._sizes = LayerSizes(shape, _widths(layers[0]), norms)
-        self._cache = KvCache(
-            len(layers),
-            shape.kv_heads,
-            shape.head_dim,
-            self._device,
-            self._decoder.cache_type,
+        self._make_cache = partial(
+            self._decoder.make_cache, len(layers), shape.kv_heads, shape.head_dim
         )
-        self._slots: list[Row | None] = []
+        self._cache: KvCache = self._make_cache()
         self._resident: dict[str, LeanAdapter] = {}
 
     @property
@@ -98,10 +94,16 @@ class LeanModel:
         """What the base weights take."""
         return self._weight_bytes
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether neighbours leave a row's logits as they are; see `RowModel`."""
+        return self._decoder.rows_are_independent
+
     def bytes_for(self, lengths: Sequence[int], adapters: Collection[str]) -> int:
         """Return what rows of these lengths take, and their adapters side by side."""
-        cache = self._cache.bytes_for(len(lengths), max(lengths, default=0))
-        return cache + self._decoder.bytes_beside([self._resident[d].own for d in adapters])
+        return self._cache.bytes_for(lengths) + self._decoder.bytes_beside(
+            [self._resident[d].own for d in adapters]
+        )
 
     def prepare(self, weights: AdapterWeights) -> LeanAdapter:
         """Return an adapter's matrices as the decoder wants them; safe from any thread."""
@@ -118,15 +120,6 @@ class LeanModel:
         if self._resident.pop(digest, None) is not None:
             self._decoder.forget(digest)
 
-    def spare_rows(self, rows: Sequence[Row]) -> int:
-        """Return how many short rows may join a pass of these; see `RowModel`."""
-        if self._decoder.rows_in_front:
-            return 0
-        new = sum(row.cache is None for row in rows)
-        occupied = sum(row is not None for row in self._slots)
-        taken = max(len(self._slots), occupied + new)
-        return max(self._cache.slots, self._cache.slots_for(taken)) - taken
-
     def open_row(self, adapter: str | None, prompt_ids: list[int]) -> Row:
         """Return a row of which nothing is computed yet; see `RowModel`."""
         return Row(adapter, prompt_ids)
@@ -134,13 +127,7 @@ class LeanModel:
     @torch.inference_mode()
     def extend(self, rows: Sequence[Row], pieces: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens to each row; see `RowModel`."""
-        for row in rows:
-            if row.cache is None:
-                self._take_slot(row)
-        self._fit(max(row.length + len(piece) for row, piece in zip(rows, pieces, strict=True)))
-        if self._decoder.rows_in_front:
-            pairs = zip(rows, pieces, strict=True)
-            self._bring_to_front([row for row, piece in pairs if len(piece) == 1])
+        self._cache.make_room(rows, [len(piece) for piece in pieces])
         logits = self._decoder.compute(
             [self._piece(row, piece) for row, piece in zip(rows, pieces, strict=True)], self._cache
         )
@@ -152,94 +139,41 @@ class LeanModel:
     def fork(self, row: Row) -> Row:
         """Return another row with the same text; see `RowModel`."""
         twin = Row(row.adapter, row.prompt_ids, row.length)
-        self._take_slot(twin)
-        self._cache.copy(row.cache, twin.cache, row.length)
+        self._cache.fork(row, twin)
         return twin
 
     def close_row(self, row: Row) -> None:
         """Forget a row; see `RowModel`."""
-        if row.cache is None:
-            return
-        self._slots[row.cache] = None
-        row.cache = None
-        while self._slots and self._slots[-1] is None:
-            self._slots.pop()
-        if not self._slots:
-            self._cache.clear()
+        if row.cache is not None:
+            self._cache.release(row)
 
     @torch.inference_mode()
     def logits_of(self, adapter: str | None, token_ids: Sequence[int]) -> Tensor:
         """Return the logits of every position of a text by itself, (tokens, vocabulary)."""
         # In a cache of its own: it is no request, and shall not take memory from any.
-        apart = self._cache.empty_twin()
-        apart.resize(1, len(token_ids))
-        row = Row(adapter, list(token_ids), cache=0)
+        apart = self._make_cache()
+        row = Row(adapter, list(token_ids))
+        apart.make_room([row], [len(token_ids)])
         return self._decoder.compute([self._piece(row, token_ids)], apart, every_token=True)
 
     def read_cache(self, row: Row, start: int, end: int) -> Tensor:
         """Return a copy of a part of the cache; see `RowModel`."""
         if row.cache is None:
             raise RuntimeError("the row has nothing in the cache")
-        return torch.stack([tensor[row.cache, start:end] for tensor in self._cache.tensors])
+        return self._cache.read(row, start, end)
 
     @torch.inference_mode()
     def write_cache(self, row: Row, start: int, blocks: Sequence[Tensor]) -> None:
         """Give a row a part of the cache; see `RowModel`."""
-        if row.cache is None:
-            self._take_slot(row)
         content = torch.cat(list(blocks), dim=1)
         end = start + content.size(1)
-        self._fit(end)
-        for tensor, part in zip(self._cache.tensors, content, strict=True):
-            tensor[row.cache, start:end] = part
+        self._cache.make_room([row], [end - row.length])
+        self._cache.write(row, start, content)
         row.length = end
 
     def _piece(self, row: Row, token_ids: Sequence[int]) -> Piece:
         adapter = self._resident[row.adapter].own if row.adapter else None
         return Piece(row.cache, row.length, token_ids, row.adapter, adapter)
-
-    def _fit(self, longest: int) -> None:
-        """Have room for all rows there are, and for `longest` positions in each."""
-        if self._cache.holds(len(self._slots), longest):
-            return
-        self._close_gaps()
-        lengths = [row.length for row in self._slots if row is not None]
-        self._cache.resize(len(self._slots), max(longest, *lengths))
-
-    def _close_gaps(self) -> None:
-        """Move rows from behind to where others have left, so that no room is taken for those."""
-        while None in self._slots:
-            row = self._slots.pop()
-            if row is not None:
-                slot = self._slots.index(None)
-                self._cache.copy(row.cache, slot, row.length)
-                self._slots[slot], row.cache = row, slot
-
-    def _take_slot(self, row: Row) -> None:
-        if None in self._slots:
-            row.cache = self._slots.index(None)
-            self._slots[row.cache] = row
-        else:
-            row.cache = len(self._slots)
-            self._slots.append(row)
-        self._fit(row.length + 1)
-
-    def _bring_to_front(self, rows: Sequence[Row]) -> None:
-        """Move the rows into the first slots, each of them at most once."""
-        wanted = set(rows)
-        free = [slot for slot in range(len(rows)) if self._slots[slot] not in wanted]
-        for row in rows:
-            if row.cache < len(rows):
-                continue
-            slot, source = free.pop(), row.cache
-            other = self._slots[slot]
-            if other is None:
-                self._cache.copy(source, slot, row.length)
-            else:
-                self._cache.exchange(source, slot, max(row.length, other.length))
-                other.cache = source
-            self._slots[source], self._slots[slot] = other, row
-            row.cache = slot
 
 
 def _weight_bytes(model: Any, precision: Precision) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int32, c_void_p
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from core.inference.lean.adapters import LayerSizes, PlacedAdapter
 from core.inference.lean.decoder import Decoder, LayerShape
-from core.inference.lean.kv_cache import KvCache
+from core.inference.lean.kv_cache import KvShape
 from core.inference.lean.linear import Precision
+from core.inference.lean.paged_cache import PAGE_POSITIONS, PagedCache
 from core.inference.lean.panels import Matrix, NativeAdapter, load_kernel
 from core.inference.lean.passes import Piece
 from core.inference.lean.weights import shape_of
@@ -45,6 +46,7 @@ class _Model(Structure):
             for name in ("layers", "width", "heads", "kv_heads", "head_dim", "intermediate")
         ),
         ("half_cache", c_int32),
+        ("page", c_int32),
         ("epsilon", c_float),
         ("embedding", c_void_p),
         ("layer", c_void_p),
@@ -59,10 +61,8 @@ class _Group(Structure):
 class _Pass(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("tokens", "groups", "kept", "low_width")),
-        *((name, c_void_p) for name in ("ids", "slots", "positions", "cosines", "sines")),
-        *((name, c_void_p) for name in ("group", "keep", "cache")),
-        ("capacity", c_int64),
-        ("logits", c_void_p),
+        *((name, c_void_p) for name in ("ids", "pages", "positions", "cosines", "sines")),
+        *((name, c_void_p) for name in ("group", "keep", "logits")),
     ]
 
 
@@ -76,7 +76,8 @@ class NativeDecoder:
         threads: That compute together.
     """
 
-    rows_in_front = False
+    # A result is one sum in one order, however many rows there are.
+    rows_are_independent = True
 
     def __init__(
         self, decoder: Decoder, shape: LayerShape, precision: Precision, threads: int
@@ -86,7 +87,6 @@ class NativeDecoder:
         self._library = library
         self._half = precision == "fp16"
         self._threads = threads
-        self.cache_type = torch.float16 if self._half else torch.float32
         # What the structures point at.
         self.weights = decoder
         self._frequencies = decoder.frequencies
@@ -104,6 +104,7 @@ class NativeDecoder:
             head_dim=shape.head_dim,
             intermediate=shape.intermediate,
             half_cache=self._half,
+            page=PAGE_POSITIONS,
             epsilon=shape.epsilon,
             embedding=decoder.embedding.data_ptr(),
             layer=ctypes.addressof(self._layers),
@@ -113,6 +114,11 @@ class NativeDecoder:
         if self._handle is None:
             raise MemoryError("no memory for the decoder")
         self._close = weakref.finalize(self, library.tunesmith_close, self._handle)
+
+    def make_cache(self, layers: int, kv_heads: int, head_dim: int) -> PagedCache:
+        """Return an empty cache."""
+        dtype = torch.float16 if self._half else torch.float32
+        return PagedCache(KvShape(layers, kv_heads, head_dim, dtype))
 
     def prepare(self, adapter: PlacedAdapter, sizes: LayerSizes) -> NativeAdapter:
         """Return an adapter as the kernel reads it; safe from any thread."""
@@ -126,7 +132,7 @@ class NativeDecoder:
         """Note that an adapter is resident no longer."""
 
     def compute(
-        self, pieces: Sequence[Piece], cache: KvCache, *, every_token: bool = False
+        self, pieces: Sequence[Piece], cache: PagedCache, *, every_token: bool = False
     ) -> Tensor:
         """Return the logits after each piece, or after every token; see `PassDecoder`."""
         counts = [len(piece.token_ids) for piece in pieces]
@@ -134,7 +140,7 @@ class NativeDecoder:
         ids = np.fromiter((i for piece in pieces for i in piece.token_ids), np.int32, tokens)
         if ids.min() < 0 or ids.max() >= self._vocabulary:
             raise IndexError("a token is not one of the model's")
-        slots = np.repeat(np.array([piece.slot for piece in pieces], np.int64), counts)
+        pages = np.repeat(np.array([piece.place.address for piece in pieces], np.uintp), counts)
         ends = np.cumsum(counts)
         starts = np.array([piece.start for piece in pieces]) - (ends - counts)
         positions = np.arange(tokens, dtype=np.int64) + np.repeat(starts, counts)
@@ -144,7 +150,6 @@ class NativeDecoder:
         groups, members = _group(pieces, ends, counts)
         if len(groups) > _MAX_GROUPS:
             raise ValueError(f"{len(groups)} adapters are more than a pass can use")
-        layers = (c_void_p * len(cache.tensors))(*(t.data_ptr() for t in cache.tensors))
         logits = torch.empty(len(keep), self._vocabulary)
         done = self._library.tunesmith_step(
             self._handle,
@@ -157,14 +162,12 @@ class NativeDecoder:
                         (piece.adapter.low_width for piece in pieces if piece.adapter), default=0
                     ),
                     ids=ids.ctypes.data,
-                    slots=slots.ctypes.data,
+                    pages=pages.ctypes.data,
                     positions=positions.ctypes.data,
                     cosines=cosines.data_ptr(),
                     sines=sines.data_ptr(),
                     group=ctypes.addressof(groups),
                     keep=keep.ctypes.data,
-                    cache=ctypes.addressof(layers),
-                    capacity=cache.capacity,
                     logits=logits.data_ptr(),
                 )
             ),

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from core.inference.lean.adapters import LayerSizes, PlacedAdapter
 from core.inference.lean.decoder import Decoder
-from core.inference.lean.kv_cache import KvCache
 
 
 @dataclass(frozen=True)
@@ -19,14 +17,14 @@ class Piece:
     """Tokens of one row that follow each other.
 
     Attributes:
-        slot: The row's slot in the cache.
+        place: Where the row is in the cache, `Row.cache`.
         start: Position of the first one.
         token_ids: The tokens.
         digest: The row's adapter; `None` is the base model.
         adapter: That adapter as `PassDecoder.prepare` returned it.
     """
 
-    slot: int
+    place: Any
     start: int
     token_ids: Sequence[int]
     digest: str | None = None
@@ -38,13 +36,15 @@ class PassDecoder(Protocol):
 
     Attributes:
         weights: The model.
-        cache_type: Of keys and values.
-        rows_in_front: Whether rows that get one token each must lie in the first slots.
+        rows_are_independent: Whether neighbours leave a row's logits as they are to the last bit.
     """
 
     weights: Decoder
-    cache_type: torch.dtype
-    rows_in_front: bool
+    rows_are_independent: bool
+
+    def make_cache(self, layers: int, kv_heads: int, head_dim: int) -> Any:
+        """Return an empty cache such as `compute` takes; see `KvCache`."""
+        ...
 
     def prepare(self, adapter: PlacedAdapter, sizes: LayerSizes) -> Any:
         """Return an adapter as passes want it, with its size as `bytes`; safe from any thread."""
@@ -58,14 +58,12 @@ class PassDecoder(Protocol):
         """Note that an adapter is resident no longer."""
         ...
 
-    def compute(
-        self, pieces: Sequence[Piece], cache: KvCache, *, every_token: bool = False
-    ) -> Tensor:
+    def compute(self, pieces: Sequence[Piece], cache: Any, *, every_token: bool = False) -> Tensor:
         """Compute pieces of different rows and write them to the cache.
 
         Args:
             pieces: At most one for each row.
-            cache: Has room for them.
+            cache: One of `make_cache`, with room for them.
             every_token: Return the logits of all tokens rather than of each piece's last one.
 
         Returns:

@@ -18,8 +18,9 @@ from core.inference.lean.adapters import (
     bank_bytes,
 )
 from core.inference.lean.decoder import Batch, Decoder, Groups, LayerAdapters
-from core.inference.lean.kv_cache import KvCache
+from core.inference.lean.kv_cache import KvShape
 from core.inference.lean.passes import Piece
+from core.inference.lean.slot_cache import SlotCache
 from core.logging import get_logger
 
 # The scores are computed for whole blocks of positions, so that few different sizes occur.
@@ -40,8 +41,7 @@ class ScriptedDecoder:
         compiled: Take the interpreter out of the pass where TorchScript can.
     """
 
-    cache_type = torch.float32
-    rows_in_front = True
+    rows_are_independent = False
 
     def __init__(self, decoder: Decoder, device: torch.device, *, compiled: bool = True) -> None:
         self.weights = decoder
@@ -53,6 +53,10 @@ class ScriptedDecoder:
         self._no_adapters = [LayerAdapters(*(no_matrix for _ in LayerAdapters._fields))]
         self._no_groups = Groups(0, True, self._nothing, self._nothing, self._nothing)
         self._all_rows = Groups(1, True, self._nothing, self._nothing, self._nothing)
+
+    def make_cache(self, layers: int, kv_heads: int, head_dim: int) -> SlotCache:
+        """Return an empty cache."""
+        return SlotCache(KvShape(layers, kv_heads, head_dim, torch.float32), self._device)
 
     def prepare(self, adapter: PlacedAdapter, sizes: LayerSizes) -> AdapterMatrices:
         """Return an adapter as the bank wants it; safe from any thread."""
@@ -67,7 +71,7 @@ class ScriptedDecoder:
         self._bank.forget(digest)
 
     def compute(
-        self, pieces: Sequence[Piece], cache: KvCache, *, every_token: bool = False
+        self, pieces: Sequence[Piece], cache: SlotCache, *, every_token: bool = False
     ) -> Tensor:
         """Return the logits after each piece, or after every token; see `PassDecoder`."""
         steps = [index for index, piece in enumerate(pieces) if len(piece.token_ids) == 1]
@@ -81,9 +85,9 @@ class ScriptedDecoder:
                 logits[index] = self._read(piece, cache, every_token=every_token)
         return torch.cat([logits[index] for index in range(len(pieces))])
 
-    def _step(self, pieces: Sequence[Piece], cache: KvCache) -> Tensor:
+    def _step(self, pieces: Sequence[Piece], cache: SlotCache) -> Tensor:
         """Compute one token of each row in the first slots."""
-        order = sorted(range(len(pieces)), key=lambda index: pieces[index].slot)
+        order = sorted(range(len(pieces)), key=lambda index: pieces[index].place)
         sorted_pieces = [pieces[index] for index in order]
         digests, groups = arrange([piece.digest for piece in sorted_pieces])
         resident = {piece.digest: piece.adapter for piece in pieces if piece.digest is not None}
@@ -110,10 +114,10 @@ class ScriptedDecoder:
         back = sorted(range(len(order)), key=order.__getitem__)
         return logits[torch.tensor(back, device=self._device)]
 
-    def _read(self, piece: Piece, cache: KvCache, *, every_token: bool) -> Tensor:
+    def _read(self, piece: Piece, cache: SlotCache, *, every_token: bool) -> Tensor:
         count = len(piece.token_ids)
         positions = torch.arange(piece.start, piece.start + count, device=self._device)
-        slots = positions + piece.slot * cache.capacity
+        slots = positions + piece.place * cache.capacity
         last = torch.tensor([count - 1], device=self._device)
         length = _seen_length(piece.start + count, cache)
         logits: Tensor = self._run(
@@ -121,7 +125,7 @@ class ScriptedDecoder:
             Batch(
                 1,
                 count,
-                piece.slot,
+                piece.place,
                 length,
                 positions,
                 slots,
@@ -139,7 +143,7 @@ class ScriptedDecoder:
         return self._decoder(*arguments)
 
 
-def _seen_length(longest: int, cache: KvCache) -> int:
+def _seen_length(longest: int, cache: SlotCache) -> int:
     return min(-(-longest // _LENGTH_BLOCK) * _LENGTH_BLOCK, cache.capacity)
 
 

@@ -1,6 +1,7 @@
 /* Rotary positions, the key-value cache and attention over it.
  *
- * A layer's cache is (slots, capacity, 2, kv_heads, head_dim), as float16 or float32.
+ * A row's keys and values lie in pages (Kwon et al., 2023), each for the same number of positions of
+ * all layers: (layers, page, 2, kv_heads, head_dim), as float16 or float32.
  */
 #ifndef TUNESMITH_ATTENTION_H
 #define TUNESMITH_ATTENTION_H
@@ -8,12 +9,14 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "product.h"
 
 typedef struct {
     int32_t heads, kv_heads, head_dim, half;
-    int64_t capacity;
+    int32_t page; /* positions, a multiple of 4 */
+    int32_t layer;
     float epsilon;
 } Attention;
 
@@ -66,12 +69,13 @@ static void norm_head(float *head, const float *weight, int width, float epsilon
         head[i] *= scale * weight[i];
 }
 
-INLINE size_t place_of(const Attention *a, int64_t slot, int64_t position) {
-    return (size_t)(slot * a->capacity + position) * 2 * a->kv_heads * a->head_dim;
+/* Where in its page the keys of a position are. */
+INLINE size_t place_of(const Attention *a, int64_t position) {
+    return ((size_t)a->layer * a->page + position % a->page) * 2 * a->kv_heads * a->head_dim;
 }
 
-/* Turn a token's queries and keys to its position, and write keys and values to the cache. */
-static void remember(const Attention *a, float *qkv, void *cache, int64_t slot, int64_t position,
+/* Turn a token's queries and keys to its position, and write keys and values to its row's pages. */
+static void remember(const Attention *a, float *qkv, void *const *pages, int64_t position,
                      const float *cosines, const float *sines, const float *q_norm,
                      const float *k_norm) {
     int width = a->head_dim, kv_width = a->kv_heads * width;
@@ -82,28 +86,29 @@ static void remember(const Attention *a, float *qkv, void *cache, int64_t slot, 
         rotate(qkv + h * width, cosines, sines, width);
     }
     const float *written = qkv + a->heads * width;
-    size_t place = place_of(a, slot, position);
+    void *page = pages[position / a->page];
+    size_t place = place_of(a, position);
     for (int i = 0; i < 2 * kv_width; i += 8) {
         __m256 value = _mm256_loadu_ps(written + i);
         if (a->half)
-            _mm_storeu_si128((__m128i *)((uint16_t *)cache + place + i),
+            _mm_storeu_si128((__m128i *)((uint16_t *)page + place + i),
                              _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
         else
-            _mm256_storeu_ps((float *)cache + place + i, value);
+            _mm256_storeu_ps((float *)page + place + i, value);
     }
 }
 
 /* Query heads that are computed together, and how far ahead their keys and values are fetched. */
 enum { TOGETHER = 3, AHEAD = 16 };
 
-INLINE void fetch(const void *cache, size_t index, int numbers, const int half) {
-    const char *line = (const char *)cache + index * (half ? 2 : 4);
+INLINE void fetch(const void *page, size_t index, int numbers, const int half) {
+    const char *line = (const char *)page + index * (half ? 2 : 4);
     for (int i = 0; i < numbers * (half ? 2 : 4); i += 64)
         _mm_prefetch(line + i, _MM_HINT_T0);
 }
 
-/* Scores of some neighbouring query heads for positions from 0 on, four at a time. */
-INLINE void score(const float *queries, const void *cache, size_t place, size_t stride,
+/* Scores of some neighbouring query heads for the first positions of a page, four at a time. */
+INLINE void score(const float *queries, const void *page, size_t place, size_t stride,
                   int positions, int width, float scale, const int heads, const int half,
                   float *scores, int scores_stride) {
     int p = 0;
@@ -116,11 +121,11 @@ INLINE void score(const float *queries, const void *cache, size_t place, size_t 
                 sum[h][j] = _mm256_setzero_ps();
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++)
-            fetch(cache, place + (size_t)(p + j + AHEAD) * stride, width, half);
+            fetch(page, place + (size_t)(p + j + AHEAD) * stride, width, half);
         for (int i = 0; i < width; i += 8)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                __m256 key = load8(cache, place + (size_t)(p + j) * stride + i, half);
+                __m256 key = load8(page, place + (size_t)(p + j) * stride + i, half);
 #pragma GCC unroll 3
                 for (int h = 0; h < heads; h++)
                     sum[h][j] =
@@ -139,7 +144,7 @@ INLINE void score(const float *queries, const void *cache, size_t place, size_t 
             __m256 sum = _mm256_setzero_ps();
             for (int i = 0; i < width; i += 8)
                 sum = _mm256_fmadd_ps(_mm256_loadu_ps(queries + h * width + i),
-                                      load8(cache, place + (size_t)p * stride + i, half), sum);
+                                      load8(page, place + (size_t)p * stride + i, half), sum);
             scores[h * scores_stride + p] = sum8(sum) * scale;
         }
 }
@@ -169,8 +174,8 @@ static void soften(float *scores, int positions) {
         _mm256_storeu_ps(scores + p, _mm256_mul_ps(_mm256_loadu_ps(scores + p), share));
 }
 
-/* Sum up values by weight, for some heads; `vectors` eights of columns stay in registers. */
-INLINE void mix(const float *weights, int weights_stride, const void *cache, size_t place,
+/* Add values of a page by weight, for some heads; `vectors` eights of columns stay in registers. */
+INLINE void mix(const float *weights, int weights_stride, const void *page, size_t place,
                 size_t stride, int positions, const int vectors, const int heads, const int half,
                 float *result, int width) {
     __m256 sum[TOGETHER][4];
@@ -178,12 +183,12 @@ INLINE void mix(const float *weights, int weights_stride, const void *cache, siz
     for (int h = 0; h < heads; h++)
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++)
-            sum[h][j] = _mm256_setzero_ps();
+            sum[h][j] = _mm256_loadu_ps(result + h * width + 8 * j);
     for (int p = 0; p < positions; p++) {
-        fetch(cache, place + (size_t)(p + AHEAD) * stride, 8 * vectors, half);
+        fetch(page, place + (size_t)(p + AHEAD) * stride, 8 * vectors, half);
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) {
-            __m256 value = load8(cache, place + (size_t)p * stride + 8 * j, half);
+            __m256 value = load8(page, place + (size_t)p * stride + 8 * j, half);
 #pragma GCC unroll 3
             for (int h = 0; h < heads; h++)
                 sum[h][j] = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + h * weights_stride + p),
@@ -200,26 +205,37 @@ INLINE void mix(const float *weights, int weights_stride, const void *cache, siz
 /* What a step's attention reads and writes. */
 typedef struct {
     const float *queries; /* of the first of some neighbouring heads */
-    const void *cache;
-    size_t keys, values, stride;
-    int positions, width;
+    const void *const *pages;
+    size_t keys, values, stride; /* the first position's in a page, and from one to the next */
+    int positions, page, width;
     float *scores;
     int scores_stride;
     float *mixed;
 } Heads;
 
+INLINE int on_page(const Heads *t, int first) {
+    return t->positions - first < t->page ? t->positions - first : t->page;
+}
+
+INLINE void mix_columns(const Heads *t, int column, const int vectors, const int heads,
+                        const int half) {
+    for (int p = 0; p < t->positions; p += t->page)
+        mix(t->scores + p, t->scores_stride, t->pages[p / t->page], t->values + column, t->stride,
+            on_page(t, p), vectors, heads, half, t->mixed + column, t->width);
+}
+
 INLINE void attend_as(const Heads *t, const int heads, const int half) {
-    score(t->queries, t->cache, t->keys, t->stride, t->positions, t->width,
-          1.0f / sqrtf((float)t->width), heads, half, t->scores, t->scores_stride);
+    for (int p = 0; p < t->positions; p += t->page)
+        score(t->queries, t->pages[p / t->page], t->keys, t->stride, on_page(t, p), t->width,
+              1.0f / sqrtf((float)t->width), heads, half, t->scores + p, t->scores_stride);
     for (int h = 0; h < heads; h++)
         soften(t->scores + h * t->scores_stride, t->positions);
+    memset(t->mixed, 0, sizeof(float) * heads * t->width);
     int i = 0;
     for (; i + 32 <= t->width; i += 32)
-        mix(t->scores, t->scores_stride, t->cache, t->values + i, t->stride, t->positions, 4, heads,
-            half, t->mixed + i, t->width);
+        mix_columns(t, i, 4, heads, half);
     for (; i < t->width; i += 8)
-        mix(t->scores, t->scores_stride, t->cache, t->values + i, t->stride, t->positions, 1, heads,
-            half, t->mixed + i, t->width);
+        mix_columns(t, i, 1, heads, half);
 }
 
 /* One function for each number of heads and type of cache. */
@@ -232,18 +248,18 @@ static void (*const attends[2][TOGETHER + 1])(const Heads *) = {
     {NULL, attend_1_0, attend_2_0, attend_3_0}, {NULL, attend_1_1, attend_2_1, attend_3_1}};
 
 /* What the query heads of one key-value head see of a row's first positions. */
-static void attend(const Attention *a, const float *queries, const void *cache, int64_t slot,
-                   int kv_head, int positions, float *scores, int scores_stride, float *mixed) {
+static void attend(const Attention *a, const float *queries, const void *const *pages, int kv_head,
+                   int positions, float *scores, int scores_stride, float *mixed) {
     int width = a->head_dim, each = a->heads / a->kv_heads;
-    size_t keys = place_of(a, slot, 0) + (size_t)kv_head * width;
+    size_t keys = place_of(a, 0) + (size_t)kv_head * width;
     for (int first = 0; first < each; first += TOGETHER) {
         int heads = each - first < TOGETHER ? each - first : TOGETHER;
         size_t offset = (size_t)(kv_head * each + first) * width;
-        Heads task = {.queries = queries + offset, .cache = cache, .keys = keys,
+        Heads task = {.queries = queries + offset, .pages = pages, .keys = keys,
                       .values = keys + (size_t)a->kv_heads * width,
                       .stride = (size_t)2 * a->kv_heads * width, .positions = positions,
-                      .width = width, .scores = scores, .scores_stride = scores_stride,
-                      .mixed = mixed + offset};
+                      .page = a->page, .width = width, .scores = scores,
+                      .scores_stride = scores_stride, .mixed = mixed + offset};
         attends[a->half][heads](&task);
     }
 }

@@ -19,7 +19,7 @@ typedef struct {
 
 typedef struct {
     int32_t layers, width, heads, kv_heads, head_dim, intermediate;
-    int32_t half_cache;
+    int32_t half_cache, page; /* positions in a page of the cache */
     float epsilon;
     const float *embedding; /* (vocabulary, width) */
     const Layer *layer;
@@ -41,12 +41,11 @@ typedef struct {
 typedef struct {
     int32_t tokens, groups, kept, low_width;
     const int32_t *ids;
-    const int64_t *slots, *positions;
+    void *const *const *pages; /* of each token's row */
+    const int64_t *positions;
     const float *cosines, *sines; /* (tokens, head_dim / 2) */
     const Group *group;
     const int32_t *keep; /* tokens whose logits are wanted */
-    void *const *cache; /* of each layer */
-    int64_t capacity;
     float *logits; /* (kept, vocabulary) */
 } Pass;
 
@@ -147,20 +146,20 @@ static void compute_layer(Work *w, int index) {
     const Layer *layer = &m->layer[index];
     const int mixed_width = m->heads * m->head_dim, half = m->head_dim / 2;
     const int qkv_width = mixed_width + 2 * m->kv_heads * m->head_dim;
-    const Attention attention = {m->heads,      m->kv_heads,    m->head_dim,
-                                 m->half_cache, pass->capacity, m->epsilon};
+    const Attention attention = {m->heads, m->kv_heads, m->head_dim, m->half_cache,
+                                 m->page,  index,       m->epsilon};
 
     compute_norms(w);
     multiply_with_adapters(w, &layer->qkv, (Operands){w->hidden, m->width, w->qkv, qkv_width},
                            w->norms, 0, index, offsetof(Lora, a_qkv), offsetof(Lora, b_q), 3);
     for (int t; (t = next_task(w->team, w->phase)) < pass->tokens;)
-        remember(&attention, w->qkv + (size_t)t * qkv_width, pass->cache[index], pass->slots[t],
-                 pass->positions[t], pass->cosines + (size_t)t * half,
-                 pass->sines + (size_t)t * half, layer->q_norm, layer->k_norm);
+        remember(&attention, w->qkv + (size_t)t * qkv_width, pass->pages[t], pass->positions[t],
+                 pass->cosines + (size_t)t * half, pass->sines + (size_t)t * half, layer->q_norm,
+                 layer->k_norm);
     meet(w->team, w->phase++);
     for (int i; (i = next_task(w->team, w->phase)) < pass->tokens * m->kv_heads;) {
         int t = i / m->kv_heads;
-        attend(&attention, w->qkv + (size_t)t * qkv_width, pass->cache[index], pass->slots[t],
+        attend(&attention, w->qkv + (size_t)t * qkv_width, (const void *const *)pass->pages[t],
                i % m->kv_heads, (int)pass->positions[t] + 1, w->scores, w->score_width,
                w->mixed + (size_t)t * mixed_width);
     }
@@ -234,7 +233,7 @@ static void compute(Team *team, int member, void *given) {
 }
 
 /* Changes with every structure above. */
-int tunesmith_version(void) { return 2; }
+int tunesmith_version(void) { return 3; }
 
 /* Whether this processor has what the code was compiled for. */
 int tunesmith_supported(void) {
