@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 # A step may take as much longer for the prompts that are read beside it.
-_STEPS_PER_PIECE = 1.5
+_STEPS_PER_PIECE = 1.0
 # Where no answer waits for its next token, who comes meanwhile waits no longer than this.
 _MOST_SECONDS = 0.25
-_LEAST_TOKENS = 16
+_LEAST_TOKENS = 8
 _MOST_TOKENS = 512
 _FIRST_TOKENS = 64
 _WEIGHT_OF_NEWEST = 0.2
@@ -40,15 +40,17 @@ class PrefillPace:
             prompt_tokens: Tokens of prompts in it.
         """
         if not prompt_tokens:
-            self._step_seconds = _averaged(self._step_seconds, seconds, _WEIGHT_OF_NEWEST)
+            self._step_seconds = _averaged(self._step_seconds, seconds)
             return
         if answers and self._step_seconds is None:
             return
+        if prompt_tokens < _LEAST_TOKENS and self._token_seconds is not None:
+            # The rest of a prompt: the pass costs a step, however few tokens that has.
+            return
         # The weights are read once, for few tokens as for many; a step is little else.
         seconds -= min(self._step_seconds or 0.0, seconds / 2)
-        weight = _WEIGHT_OF_NEWEST * min(1.0, prompt_tokens / _FIRST_TOKENS)
-        self._token_seconds = _averaged(self._token_seconds, seconds / prompt_tokens, weight)
+        self._token_seconds = _averaged(self._token_seconds, seconds / prompt_tokens)
 
 
-def _averaged(known: float | None, new: float, weight: float) -> float:
-    return new if known is None else known + weight * (new - known)
+def _averaged(known: float | None, new: float) -> float:
+    return new if known is None else known + _WEIGHT_OF_NEWEST * (new - known)
