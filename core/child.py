@@ -14,6 +14,7 @@ Knows no torch, no database and no queue; what a task means is the handler's bus
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -25,6 +26,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from core.errors import TrainingFailed, TunesmithError, Unavailable, to_wire
@@ -35,6 +37,9 @@ LIFELINE_FD_VARIABLE = "TUNESMITH_CHILD_LIFELINE_FD"
 NICENESS_VARIABLE = "TUNESMITH_CHILD_NICENESS"
 
 MAX_FRAME_BYTES = 16 * 1024**2
+
+# The scheduling group of a session; see sched(7).
+_AUTOGROUP = Path("/proc/self/autogroup")
 
 
 class Stopped(Exception):
@@ -120,7 +125,7 @@ def serve(handler: Handler) -> None:
     events_fd = int(os.environ.pop(EVENTS_FD_VARIABLE))
     # Programs that the handler starts must not hold the pipe open after this process has died.
     os.set_inheritable(events_fd, False)
-    os.nice(int(os.environ.pop(NICENESS_VARIABLE, "0")))
+    _give_way(int(os.environ.pop(NICENESS_VARIABLE, "0")))
     _die_with_parent(int(os.environ.pop(LIFELINE_FD_VARIABLE, "-1")))
 
     channel = Channel(events_fd)
@@ -165,6 +170,15 @@ def _read_requests(channel: Channel, tasks: queue.SimpleQueue[dict[str, Any]]) -
     finally:
         # The parent is gone or talks nonsense; nobody is left to work for.
         os._exit(1)
+
+
+def _give_way(niceness: int) -> None:
+    """Let other processes go first, by as much as `nice` says."""
+    value = os.nice(niceness)
+    # Where Linux divides the processors between sessions first, a process' own value counts only
+    # within its session, and this one, which has it for itself, would take a full share of them.
+    with contextlib.suppress(OSError):
+        _AUTOGROUP.write_text(str(value))
 
 
 def _die_with_parent(lifeline_fd: int) -> None:

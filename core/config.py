@@ -147,7 +147,7 @@ class Settings(BaseSettings):
         0, ge=0, description="Torch threads of the trainer; 0 is all cores."
     )
     engine_threads: int = Field(0, ge=0, description="Torch threads of the engine; 0 is all cores.")
-    trainer_niceness: int = Field(5, ge=0, le=19)
+    trainer_niceness: int = Field(2, ge=0, le=19, description="Of the trainer, see nice(1).")
     engine_precision: Literal["auto", "float32", "fp16", "bf16"] = Field(
         "auto",
         description="How base weights are kept; auto is fp16 on x86 CPUs, bf16 on CUDA.",

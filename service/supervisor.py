@@ -212,7 +212,9 @@ class _Part:
                 stdin=subprocess.PIPE,
                 stdout=sys.stderr.fileno(),
                 env={**env, LIFELINE_VARIABLE: "stdin"},
-                start_new_session=True,
+                # Not a session: Linux may divide the processors between those, see sched(7), and an
+                # API that seldom computes would wait long for its turn beside an engine.
+                process_group=0,
             )
         except OSError as error:
             delay = self._plan_restart()

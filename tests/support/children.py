@@ -50,7 +50,14 @@ def validate(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
 def echo(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """Return the task, the process's id and its niceness; grow first if asked to."""
     channel.ballast = b"x" * task.get("grow_bytes", 0)  # type: ignore[attr-defined]
-    return {"task": task, "pid": os.getpid(), "niceness": os.nice(0), "cwd": os.getcwd()}
+    group = Path("/proc/self/autogroup")
+    return {
+        "task": task,
+        "pid": os.getpid(),
+        "niceness": os.nice(0),
+        "autogroup": group.read_text() if group.exists() else None,
+        "cwd": os.getcwd(),
+    }
 
 
 def refuse(task: dict[str, Any], channel: Channel) -> dict[str, Any]:
