@@ -32,7 +32,9 @@ class LlamaDialect:
             "prompt": ask.prompt.token_ids,
             "n_predict": ask.new_tokens,
             "ignore_eos": True,
-            "temperature": 0,
+            # Greedy; at temperature 0 the usual chain of samplers looks at all tokens several times.
+            "samplers": ["top_k"],
+            "top_k": 1,
             "lora": [
                 {"id": number, "scale": float(number == ask.adapter)}
                 for number in range(self._adapters)
