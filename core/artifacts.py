@@ -404,7 +404,7 @@ def read_lora_tensors(path: Path) -> list[LoraTensor]:
             numbers = [start, end, rows, columns]
         except (TypeError, KeyError, ValueError) as error:
             raise refuse(f"the header entry of {key!r} is malformed") from error
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        if set(map(type, numbers)) != {int} or min(numbers) < 0:
             raise refuse(f"the header entry of {key!r} is malformed")
         if dtype not in _BYTES_PER_ELEMENT:
             raise refuse(f"{key!r} has dtype {dtype!r}; F32, F16 and BF16 are supported")

@@ -165,11 +165,11 @@ def _read_once(
     except InvalidInput as error:
         raise _unservable(error) from error
     _check_identity(digest, manifest)
-    # Read once, so that what is hashed is what is computed with.
-    data = _read_weights(directory, manifest)
-    # Hashing takes as long as all else; whatever comes of that, files that changed are told first.
+    # Reading and hashing take as long as all else, whatever comes of which: files that have changed
+    # are told first.
     with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(verify_files, directory, manifest, {WEIGHTS_FILE: data.data})
+        data = pool.submit(_read_weights, directory, manifest)
+        verified = pool.submit(_verify, directory, manifest, data)
         try:
             prepared = prepare(_read_files(directory, manifest, data, base))
         except Exception:
@@ -177,6 +177,11 @@ def _read_once(
             raise
         _await_verified(verified)
     return prepared
+
+
+def _verify(directory: Path, manifest: Manifest, data: Future[NDArray[np.uint8]]) -> None:
+    # The weights are read once, so that what is hashed is what is computed with.
+    verify_files(directory, manifest, {WEIGHTS_FILE: data.result().data})
 
 
 def _await_verified(verified: Future[None]) -> None:
@@ -207,7 +212,7 @@ def _read_weights(directory: Path, manifest: Manifest) -> NDArray[np.uint8]:
 
 
 def _read_files(
-    directory: Path, manifest: Manifest, data: NDArray[np.uint8], base: BaseFacts
+    directory: Path, manifest: Manifest, data: Future[NDArray[np.uint8]], base: BaseFacts
 ) -> AdapterWeights:
     try:
         _check_origin(directory, manifest, base)
@@ -241,7 +246,7 @@ def _read_files(
         r=config["r"],
         lora_alpha=config["lora_alpha"],
         use_rslora=rslora,
-        modules=_matrices_in(data, tensors),
+        modules=_matrices_in(data.result(), tensors),
         template=template.read_text("utf-8") if manifest.template_sha256 else None,
         golden_token_ids=manifest.golden_token_ids,
     )
@@ -322,11 +327,16 @@ def _check_origin(directory: Path, manifest: Manifest, base: BaseFacts) -> None:
 
 def _matrices_in(data: NDArray[np.uint8], tensors: Sequence[LoraTensor]) -> dict[str, LoraMatrices]:
     contents = torch.from_numpy(data)
+    typed = {
+        kind: contents[: len(data) // kind.itemsize * kind.itemsize].view(kind)
+        for kind in _DTYPES.values()
+    }
 
     def numbers(start: int, end: int, kind: torch.dtype) -> Tensor:
-        stored = contents[start:end]
+        if start % kind.itemsize == 0:
+            return typed[kind][start // kind.itemsize : end // kind.itemsize]
         # Files need not place numbers where a processor likes them.
-        return (stored if start % kind.itemsize == 0 else stored.clone()).view(kind)
+        return contents[start:end].clone().view(kind)
 
     sides: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for tensor in tensors:
