@@ -32,7 +32,7 @@ class LlamaDialect:
             "prompt": ask.prompt.token_ids,
             "n_predict": ask.new_tokens,
             "ignore_eos": True,
-            # Greedy; at temperature 0 the usual chain of samplers looks at all tokens several times.
+            # Greedy: at temperature 0 the usual chain of samplers still looks at every token.
             "samplers": ["top_k"],
             "top_k": 1,
             "lora": [
