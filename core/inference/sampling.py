@@ -70,7 +70,7 @@ def choose_tokens(
     floors = _floors(logits, samplers)
     chosen: list[TokenChoice | TunesmithError] = []
     for row, sampler in enumerate(samplers):
-        if sampler.takes_the_best and math.isfinite(best[row]):
+        if sampler.takes_the_best(ids[row]) and math.isfinite(best[row]):
             chosen.append(sampler.accept(ids[row]))
             continue
         try:
@@ -113,7 +113,7 @@ class RowSampler:
         matcher: Matcher | None = None,
     ) -> None:
         self._sampling = sampling
-        self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.long)
+        self._end_ids = frozenset(end_ids)
         self._seen = set(prompt_ids)
         self._counts: dict[int, int] = {}
         self._chosen = 0
@@ -133,10 +133,12 @@ class RowSampler:
         else:
             self._generator.manual_seed(sampling.seed + row)
 
-    @property
-    def takes_the_best(self) -> bool:
-        """Whether the next token is just the one with the highest logit, and nothing is asked."""
-        return self._is_greedy and self._is_plain and self._sampling.logprobs is None
+    def takes_the_best(self, token_id: int) -> bool:
+        """Tell whether the token with the highest logit is the next one, and nothing else asked."""
+        if not self._is_greedy or self._shapes or self._sampling.logprobs is not None:
+            return False
+        # What `min_new_tokens` rules out matters only where it is the best.
+        return self._may_end or token_id not in self._end_ids
 
     @property
     def plain_top_k(self) -> int:
@@ -149,7 +151,11 @@ class RowSampler:
 
     @property
     def _is_plain(self) -> bool:
-        return not self._shapes and self._chosen >= self._sampling.min_new_tokens
+        return not self._shapes and self._may_end
+
+    @property
+    def _may_end(self) -> bool:
+        return self._chosen >= self._sampling.min_new_tokens
 
     def accept(self, token_id: int) -> TokenChoice:
         """Note a token that was chosen elsewhere."""
@@ -200,8 +206,9 @@ class RowSampler:
             logits = logits.index_add(0, self._bias_ids, self._bias)
         if self._matcher is not None:
             logits = self._matcher.allow_only(logits)
-        if self._chosen < sampling.min_new_tokens:
-            waiting = logits.index_fill(0, self._end_ids, float("-inf"))
+        if not self._may_end:
+            ends = torch.tensor(sorted(self._end_ids), dtype=torch.long)
+            waiting = logits.index_fill(0, ends, float("-inf"))
             # What is complete and cannot go on ends, however short it is.
             logits = waiting if self._matcher is None or _possible(waiting) else logits
         return logits

@@ -215,6 +215,16 @@ def test_end_tokens_wait_for_the_minimum_length() -> None:
     assert choose_ids(sampler(ends=(3, 4), min_new_tokens=2), raw, 3) == [5, 5, 3]
 
 
+def test_end_tokens_wait_in_a_batch_too() -> None:
+    end_is_best, other_is_best = torch.zeros(2, VOCABULARY)
+    end_is_best[3], end_is_best[5] = 9.0, 7.0
+    other_is_best[6], other_is_best[3] = 9.0, 7.0
+    raw = torch.stack([end_is_best, other_is_best, end_is_best])
+    rows = [sampler(ends=(3,), min_new_tokens=minimum) for minimum in (2, 2, 1)]
+    steps = [[choice.token_id for choice in choose_tokens(raw, rows)] for _ in range(3)]
+    assert steps == [[5, 6, 5], [5, 6, 3], [3, 6, 3]]
+
+
 # Seeds and neighbours.
 
 
