@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import httpx2
+import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
 from core.errors import TunesmithError, Unauthorized, Unavailable, from_wire, to_wire
@@ -33,7 +33,7 @@ from core.inference.engine import (
 )
 
 _CONNECT_SECONDS = 5.0
-_STATUS_SECONDS = 10.0
+_STATUS_TIMEOUT = aiohttp.ClientTimeout(total=10.0, sock_connect=_CONNECT_SECONDS)
 # Less than the engine's, so that it does not close a connection just as a request is sent on it.
 _KEEPALIVE_SECONDS = 2.0
 # Admission is the engine's business; connections are only bounded against a run-away.
@@ -53,35 +53,28 @@ class RemoteEngine:
 
     def __init__(self, address: str, *, secret: str = "", timeout_seconds: float = 600.0) -> None:
         self.address = address
-        where = parse_engine_address(address)
-        uds = str(where) if isinstance(where, Path) else None
-        limits = httpx2.Limits(
-            max_connections=_MAX_CONNECTIONS, keepalive_expiry=_KEEPALIVE_SECONDS
+        self._where = parse_engine_address(address)
+        self._headers = {ENGINE_SECRET_HEADER: secret} if secret else {}
+        self._timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=_CONNECT_SECONDS, sock_read=timeout_seconds
         )
-        self._client = httpx2.AsyncClient(
-            transport=httpx2.AsyncHTTPTransport(uds=uds, limits=limits),
-            base_url="http://engine" if uds else address,
-            headers={ENGINE_SECRET_HEADER: secret} if secret else None,
-            timeout=httpx2.Timeout(timeout_seconds, connect=_CONNECT_SECONDS),
-            trust_env=False,
-        )
+        # Opened in the event loop that it then belongs to.
+        self._session: aiohttp.ClientSession | None = None
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        if self._session is not None:
+            await self._session.close()
 
     async def generate(self, request: GenerateRequest) -> EventStream:
         """Start a request; see `Engine.generate`."""
         # Unset fields stay unset: the engine fits a default `max_new_tokens` to the context.
         body = request.model_dump_json(exclude_unset=True)
         async with self._translated():
-            sent = self._client.build_request("POST", "/generate", content=body)
-            response = await self._client.send(sent, stream=True)
-            if response.status_code != 200:
-                try:
-                    raise _error_of(response.status_code, await response.aread())
-                finally:
-                    await response.aclose()
+            response = await self._client.post("/generate", data=body)
+            if response.status != 200:
+                async with response:
+                    raise _error_of(response.status, await response.read())
         return _RemoteStream(response)
 
     async def load(
@@ -89,7 +82,7 @@ class RemoteEngine:
     ) -> ResidentAdapter:
         """Make an adapter resident; see `Engine.load`."""
         wanted = LoadRequest(base_model=base_model, adapter=adapter, keep=keep)
-        body = await self._call("POST", "/adapters", content=wanted.model_dump_json())
+        body = await self._call("POST", "/adapters", data=wanted.model_dump_json())
         return ResidentAdapter.model_validate_json(body)
 
     async def unload(self, digest: str) -> int:
@@ -104,21 +97,41 @@ class RemoteEngine:
 
     async def status(self) -> EngineStatus:
         """Return residency and counters; see `Engine.status`."""
-        body = await self._call("GET", "/status", timeout=_STATUS_SECONDS)
+        body = await self._call("GET", "/status", timeout=_STATUS_TIMEOUT)
         return EngineStatus.model_validate_json(body)
 
     async def _call(self, method: str, path: str, **options: Any) -> bytes:
-        async with self._translated():
-            response = await self._client.request(method, path, **options)
-            if response.status_code != 200:
-                raise _error_of(response.status_code, response.content)
-            return response.content
+        async with self._translated(), self._client.request(method, path, **options) as response:
+            content = await response.read()
+        if response.status != 200:
+            raise _error_of(response.status, content)
+        return content
+
+    @property
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            limits: dict[str, Any] = {
+                "limit": _MAX_CONNECTIONS,
+                "keepalive_timeout": _KEEPALIVE_SECONDS,
+            }
+            local = isinstance(self._where, Path)
+            self._session = aiohttp.ClientSession(
+                base_url="http://engine" if local else self.address,
+                connector=aiohttp.UnixConnector(str(self._where), **limits)
+                if local
+                else aiohttp.TCPConnector(**limits),
+                headers=self._headers,
+                timeout=self._timeout,
+                trust_env=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
 
     @asynccontextmanager
     async def _translated(self) -> AsyncIterator[None]:
         try:
             yield
-        except httpx2.TransportError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise Unavailable(
                 "the engine cannot be reached",
                 code="engine_unavailable",
@@ -129,9 +142,8 @@ class RemoteEngine:
 class _RemoteStream:
     """The events of one request, line by line from an open response."""
 
-    def __init__(self, response: httpx2.Response) -> None:
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
-        self._chunks = response.aiter_bytes()
         self._pending = bytearray()
         self._ended = False
 
@@ -143,7 +155,7 @@ class _RemoteStream:
             raise StopAsyncIteration
         try:
             event = _EVENT.validate_json(await self._line())
-        except (httpx2.TransportError, httpx2.StreamError, ValidationError, EOFError):
+        except (aiohttp.ClientError, TimeoutError, ValidationError, EOFError):
             event = Failed(
                 error=to_wire(
                     Unavailable(
@@ -163,15 +175,15 @@ class _RemoteStream:
     async def aclose(self) -> None:
         """Cancel the request unless it has ended."""
         self._ended = True
-        await self._response.aclose()
+        self._response.close()
 
     async def _line(self) -> bytes:
-        # By bytes: what httpx calls lines also ends at characters that occur inside JSON strings.
+        # A line may be longer than what the response would take for one.
         while (end := self._pending.find(b"\n")) < 0:
-            try:
-                self._pending += await anext(self._chunks)
-            except StopAsyncIteration:
-                raise EOFError from None
+            chunk = await self._response.content.readany()
+            if not chunk:
+                raise EOFError
+            self._pending += chunk
         line = bytes(self._pending[:end])
         del self._pending[: end + 1]
         return line

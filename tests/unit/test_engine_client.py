@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import httpx2
 import pytest
+from aiohttp import web
 
 from core.errors import InvalidInput, Unavailable
 from core.inference.engine import (
@@ -23,6 +24,8 @@ from core.inference.engine import (
     parse_engine_address,
 )
 from service.engine_client import RemoteEngine
+
+Read = Callable[[list[bytes]], list[EngineEvent]]
 
 BASE = BaseModelRef(name="m", digest="0" * 64, path="/nowhere")
 DONE = Done(
@@ -39,48 +42,59 @@ def make_request(digest: str | None = None, number: int = 0) -> GenerateRequest:
     )
 
 
-def read(chunks: list[bytes], status: int = 200) -> list[EngineEvent]:
-    async def main() -> list[EngineEvent]:
-        engine = RemoteEngine("unix:/nowhere/engine.sock")
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """Return the function that has an engine send these pieces and returns what was understood."""
 
-        async def body():  # type: ignore[no-untyped-def]
+    async def main(chunks: list[bytes]) -> list[EngineEvent]:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
             for chunk in chunks:
-                yield chunk
+                await response.write(chunk)
+            return response
 
-        def answer(request: httpx2.Request) -> httpx2.Response:
-            return httpx2.Response(status, content=body())
+        sender = web.Application()
+        sender.router.add_post("/generate", answer)
+        runner = web.AppRunner(sender)
+        await runner.setup()
+        await web.UnixSite(runner, str(tmp_path / "engine.sock")).start()
+        engine = RemoteEngine(f"unix:{tmp_path}/engine.sock")
+        try:
+            return [event async for event in await engine.generate(make_request())]
+        finally:
+            await engine.aclose()
+            await runner.cleanup()
 
-        engine._client = httpx2.AsyncClient(
-            transport=httpx2.MockTransport(answer), base_url="http://engine"
-        )
-        events = [event async for event in await engine.generate(make_request())]
-        await engine.aclose()
-        return events
-
-    return asyncio.run(main())
+    return lambda chunks: asyncio.run(main(chunks))
 
 
 def line(event: EngineEvent) -> bytes:
     return event.model_dump_json().encode() + b"\n"
 
 
-def test_no_character_of_a_text_ends_a_line() -> None:
+def test_no_character_of_a_text_ends_a_line(read: Read) -> None:
     text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh🚀"
     assert read([line(Delta(text=text)) + line(DONE)]) == [Delta(text=text), DONE]
 
 
-def test_a_line_may_come_in_any_pieces() -> None:
+def test_a_line_may_come_in_any_pieces(read: Read) -> None:
     sent = line(Delta(text="Grüße 🚀")) + line(Delta(text="x")) + line(DONE)
     pieces = [sent[i : i + 1] for i in range(len(sent))]
     assert read(pieces) == read([sent]) == [Delta(text="Grüße 🚀"), Delta(text="x"), DONE]
 
 
 @pytest.mark.parametrize("broken", [[], [b'{"type": "del'], [b"<html>\n"]])
-def test_a_stream_that_breaks_off_ends_with_a_failure(broken: list[bytes]) -> None:
+def test_a_stream_that_breaks_off_ends_with_a_failure(read: Read, broken: list[bytes]) -> None:
     *events, last = read([line(Delta(text="a")), *broken])
     assert events == [Delta(text="a")]
     assert isinstance(last, Failed)
     assert (last.error["code"], last.error["kind"]) == ("engine_lost", "Unavailable")
+
+
+def test_a_line_may_be_long(read: Read) -> None:
+    whole = Delta(text="a whole answer at once " * 50_000)
+    assert read([line(whole) + line(DONE)]) == [whole, DONE]
 
 
 def test_an_engine_that_is_not_there_is_unavailable(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_process_without_a_bucket_loads_no_client_of_one() -> None:
         "import sys, service.app, worker.app\n"
         "from core.storage import open_store\n"
         "from core.config import Settings\n"
-        "print({'s3fs', 'fsspec', 'botocore', 'aiohttp'} & set(sys.modules))"
+        "print({'s3fs', 'fsspec', 'botocore', 'aiobotocore'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout.strip() == "set()", result.stderr
