@@ -7,7 +7,6 @@ when others come or leave. A row that continues another one's text shares the pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from core.inference.rows import Row
 PAGE_POSITIONS = 128
 
 
-@dataclass(eq=False)
 class PageTable:
     """The pages of one row.
 
@@ -29,8 +27,10 @@ class PageTable:
         address: Where the kernel finds their addresses, one behind the other.
     """
 
-    pages: list[Tensor] = field(default_factory=list)
-    address: int = 0
+    def __init__(self) -> None:
+        self.pages: list[Tensor] = []
+        self._addresses = np.empty(0, np.uintp)
+        self.address = 0
 
     def append(self, page: Tensor) -> None:
         """Add the page that follows."""
