@@ -291,6 +291,31 @@ def test_continuations_of_one_text_go_their_own_ways(path: Any, length: int) -> 
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_a_continuation_that_finds_no_memory_leaves_nothing_behind(
+    path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*sizes: Any, **options: Any) -> torch.Tensor:
+        raise MemoryError("no memory left")
+
+    model = make_model("llama")
+    texts = Texts(model, LeanModel(model, "float32", path=path), [make_adapter(model, 0, 4)])
+    lean = texts.lean
+    # Longer than a page, which the continuation would share.
+    rows = [texts.open("digest-0", [number, *range(70), *range(70)]) for number in range(4)]
+    before = lean.cache_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", refuse)
+        patch.setattr(torch, "zeros", refuse)
+        with pytest.raises(MemoryError):
+            lean.fork(rows[0])
+    assert lean.cache_bytes == before
+    texts.step([*rows, texts.fork(rows[0])], [5, 6, 7, 8, 9])
+    for row in texts.ids:
+        lean.close_row(row)
+    assert lean.cache_bytes == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_what_one_row_has_computed_serves_another_of_the_same_text(path: Any) -> None:
     model = make_model("qwen3")
     texts = Texts(model, LeanModel(model, "float32", path=path), [make_adapter(model, 0, 4)])

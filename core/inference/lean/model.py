@@ -139,7 +139,12 @@ class LeanModel:
     def fork(self, row: Row) -> Row:
         """Return another row with the same text; see `RowModel`."""
         twin = Row(row.adapter, row.prompt_ids, row.length)
-        self._cache.fork(row, twin)
+        try:
+            self._cache.fork(row, twin)
+        except BaseException:
+            # Memory may run out half-way, and nobody else knows of the twin.
+            self.close_row(twin)
+            raise
         return twin
 
     def close_row(self, row: Row) -> None:
