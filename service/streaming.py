@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import anyio
 from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Send
+from starlette.types import Message, Send
 
 T = TypeVar("T")
 
 KEEP_ALIVE_SECONDS = 15.0
-_KEEP_ALIVE = format_sse_event(comment="keep-alive")
+_COMMENT = format_sse_event(comment="keep-alive")
 
 
 def encode_event(data: str, *, event: str | None = None, id: str | None = None) -> bytes:  # noqa: A002
@@ -25,46 +26,60 @@ def encode_event(data: str, *, event: str | None = None, id: str | None = None) 
 class EventStream(EventSourceResponse):
     """A response of server-sent events that closes its source when the client leaves.
 
+    When no event has come for `KEEP_ALIVE_SECONDS`, a comment is sent in its place.
+
     Args:
         events: Encoded events.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        self._events = with_keep_alive(events)
+        self._events = events
         # Proxies such as nginx would otherwise hold events back.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self._events, headers=headers)
+        super().__init__(events, headers=headers)
 
     async def stream_response(self, send: Send) -> None:
         """Send everything; close the source even if the client has left half-way."""
+        outlet = _Outlet(send)
+        comments = asyncio.create_task(outlet.send_comments())
         try:
-            await super().stream_response(send)
+            await super().stream_response(outlet)
         finally:
+            comments.cancel()
             with anyio.CancelScope(shield=True):
+                await asyncio.wait({comments})
                 await self._events.aclose()
 
 
-async def with_keep_alive(
-    events: AsyncGenerator[bytes, None], seconds: float | None = None
-) -> AsyncGenerator[bytes, None]:
-    """Yield `events`, and a comment whenever none has come for `seconds`."""
-    interval = KEEP_ALIVE_SECONDS if seconds is None else seconds
-    pending: asyncio.Task[bytes | None] | None = None
-    try:
-        while True:
-            pending = asyncio.ensure_future(_next_or_none(events))
-            while not (await asyncio.wait({pending}, timeout=interval))[0]:
-                yield _KEEP_ALIVE
-            event = pending.result()
-            if event is None:
-                return
-            yield event
-    finally:
-        with anyio.CancelScope(shield=True):
-            if pending is not None and not pending.done():
-                pending.cancel()
-                await asyncio.wait({pending})
-            await events.aclose()
+class _Outlet:
+    """Sends a response's messages, and a comment whenever there were none for a while.
+
+    The comments have one task for the whole stream. To wait for each event with a time limit would
+    take a task for every token, which cost more than all else that is done here for it.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._now = asyncio.get_running_loop().time
+        # Nothing may come before the headers, nor while a message waits for a slow client.
+        self._quiet_since: float | None = None
+
+    async def __call__(self, message: Message) -> None:
+        """Send one message."""
+        self._quiet_since = None
+        await self._send(message)
+        self._quiet_since = self._now()
+
+    async def send_comments(self) -> None:
+        """Send comments between the messages, until this is cancelled or the client has left."""
+        # Whoever sends the next event notices that as well.
+        with suppress(OSError):
+            while True:
+                quiet = 0.0 if self._quiet_since is None else self._now() - self._quiet_since
+                if quiet >= KEEP_ALIVE_SECONDS:
+                    await self({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+                else:
+                    await asyncio.sleep(KEEP_ALIVE_SECONDS - quiet)
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -96,7 +111,3 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _next_or_none(events: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(events, None)

@@ -89,7 +89,7 @@ class NativeDecoder:
         self._threads = threads
         # What the structures point at.
         self.weights = decoder
-        self._frequencies = decoder.frequencies
+        self._frequencies = decoder.frequencies.numpy()
         self._rotary_scale = decoder.rotary_scale
         layers: list[Any] = list(decoder.layers)
         self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
@@ -145,12 +145,14 @@ class NativeDecoder:
         starts = np.array([piece.start for piece in pieces]) - (ends - counts)
         positions = np.arange(tokens, dtype=np.int64) + np.repeat(starts, counts)
         keep = (np.arange(tokens) if every_token else ends - 1).astype(np.int32)
-        angles = torch.from_numpy(positions).float().unsqueeze(1) * self._frequencies
-        cosines, sines = angles.cos() * self._rotary_scale, angles.sin() * self._rotary_scale
+        # Not by torch, which lets other threads of Python in between: those that hand out the tokens
+        # of the pass before would delay this one.
+        angles = np.outer(positions.astype(np.float32), self._frequencies)
+        cosines, sines = (turn(angles) * self._rotary_scale for turn in (np.cos, np.sin))
         groups, members = _group(pieces, ends, counts)
         if len(groups) > _MAX_GROUPS:
             raise ValueError(f"{len(groups)} adapters are more than a pass can use")
-        logits = torch.empty(len(keep), self._vocabulary)
+        logits = np.empty((len(keep), self._vocabulary), np.float32)
         done = self._library.tunesmith_step(
             self._handle,
             ctypes.byref(
@@ -164,18 +166,18 @@ class NativeDecoder:
                     ids=ids.ctypes.data,
                     pages=pages.ctypes.data,
                     positions=positions.ctypes.data,
-                    cosines=cosines.data_ptr(),
-                    sines=sines.data_ptr(),
+                    cosines=cosines.ctypes.data,
+                    sines=sines.ctypes.data,
                     group=ctypes.addressof(groups),
                     keep=keep.ctypes.data,
-                    logits=logits.data_ptr(),
+                    logits=logits.ctypes.data,
                 )
             ),
         )
         del members
         if done != 0:
             raise MemoryError("no memory for a pass of the decoder")
-        return logits
+        return torch.from_numpy(logits)
 
 
 def why_not_native(model: Any, precision: Precision) -> str | None:
