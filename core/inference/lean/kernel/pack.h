@@ -137,15 +137,16 @@ static void pack(const Packing *packing) {
 
 static void pack_in_turn(Team *team, int member, void *argument) {
     const Packings *given = argument;
-    (void)member;
-    for (int i; (i = next_task(team, 0)) < given->count;)
+    int done = 0;
+    for (int i; (i = next_task(team, 0)) < given->count; done++)
         pack(given->packings + i);
+    end_phase(team, member, 0, done, given->count);
 }
 
 /* Pack matrices, several at a time where the system gives threads for that. */
 void tunesmith_pack(const Packing *packings, int32_t count, int32_t threads) {
     Packings given = {packings, count};
-    Team *team = threads > 1 && count > 1 ? make_team(threads) : NULL;
+    Team *team = threads > 1 && count > 1 ? make_team(threads, 1) : NULL;
     if (team) {
         run_together(team, pack_in_turn, &given);
         end_team(team);

@@ -4,6 +4,7 @@
  * queries-keys-values, rotation, attention, output; norm, gate and up, gated unit, down. The
  * structures are mirrored in `core/inference/lean/native.py`.
  */
+#define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
 
@@ -61,12 +62,12 @@ typedef struct {
     const Model *model;
     const Pass *pass;
     Team *team;
-    int phase, score_width;
+    int member, phase, score_width;
     float *hidden, *qkv, *mixed, *gate_up, *low; /* shared, a row for each token */
     float *norms, *scores;                       /* the member's own */
 } Work;
 
-enum { MOST_GROUPS = 64, MOST_PARTS = 3 };
+enum { PHASES_OF_LAYER = 11, OTHER_PHASES = 3, MOST_GROUPS = 64, MOST_PARTS = 3 };
 
 /* What a product reads and writes: a row for each token. */
 typedef struct {
@@ -87,36 +88,46 @@ static Product of_group(Product product, const Group *group) {
     return product;
 }
 
+/* The next task of the present phase; see `next_task`. */
+static int next_of(Work *w) { return next_task(w->team, w->phase); }
+
+/* End the present phase; see `end_phase`. */
+static void end_of(Work *w, int done, int tasks) {
+    end_phase(w->team, w->member, w->phase++, done, tasks);
+}
+
 /* Do the tasks of some products, all members together. */
-static void do_products(Work *w, const Product *products, int count) {
-    int before = 0; /* tasks of the products that are done */
-    int task = next_task(w->team, w->phase);
-    for (int i = 0; i < count; i++) {
-        Share own = share(products[i], w->team->size);
-        for (; task < before + own.tasks; task = next_task(w->team, w->phase))
-            do_share(&own, task - before);
-        before += own.tasks;
-    }
-    meet(w->team, w->phase++);
+static void do_products(Work *w, const Share *shares, int count) {
+    int tasks = 0, before = 0, done = 0;
+    for (int i = 0; i < count; i++)
+        tasks += shares[i].tasks;
+    int task = next_of(w);
+    for (int i = 0; task < tasks; before += shares[i++].tasks)
+        for (; task < before + shares[i].tasks; task = next_of(w), done++)
+            do_share(&shares[i], task - before);
+    end_of(w, done, tasks);
 }
 
 /* y = x W, or y + x W, and for each adapter y + x A B; the parts of B lie side by side in y. */
 static void multiply_with_adapters(Work *w, const Matrix *base, Operands of, const float *scale,
                                    int add, int layer, size_t a, size_t b, int parts) {
     const Pass *pass = w->pass;
-    Product products[1 + MOST_GROUPS * MOST_PARTS];
+    const int size = w->team->size;
+    Share shares[1 + MOST_GROUPS * MOST_PARTS];
     Operands to_low = {of.x, of.x_stride, w->low, pass->low_width};
+    Product whole = product(base, of, scale, add);
+    whole.count = pass->tokens;
     int count = 0;
-    products[count] = product(base, of, scale, add);
-    products[count++].count = pass->tokens;
+    shares[count++] = share(whole, size);
     for (int g = 0; g < pass->groups; g++) {
         const Lora *lora = &pass->group[g].layers[layer];
         const Matrix *down = (const Matrix *)((const char *)lora + a);
         if (down->data)
-            products[count++] = of_group(product(down, to_low, scale, 0), &pass->group[g]);
+            shares[count++] =
+                share(of_group(product(down, to_low, scale, 0), &pass->group[g]), size);
     }
     int touched = count > 1;
-    do_products(w, products, count);
+    do_products(w, shares, count);
     if (!touched)
         return;
     count = 0;
@@ -128,13 +139,16 @@ static void multiply_with_adapters(Work *w, const Matrix *base, Operands of, con
         for (int part = 0, column = 0; part < parts; column += up[part++].out) {
             Operands from_low = {w->low + part * up->in, pass->low_width, of.y + column,
                                  of.y_stride};
-            products[count++] = of_group(product(&up[part], from_low, NULL, 1), &pass->group[g]);
+            shares[count++] =
+                share(of_group(product(&up[part], from_low, NULL, 1), &pass->group[g]), size);
         }
     }
-    do_products(w, products, count);
+    do_products(w, shares, count);
 }
 
 static void compute_norms(Work *w) {
+    if (is_over(w->team, w->phase))
+        return; /* This member comes too late for a task, and the numbers are already others. */
     int width = w->model->width;
     for (int t = 0; t < w->pass->tokens; t++)
         w->norms[t] = inverse_norm(w->hidden + (size_t)t * width, width, w->model->epsilon);
@@ -152,18 +166,21 @@ static void compute_layer(Work *w, int index) {
     compute_norms(w);
     multiply_with_adapters(w, &layer->qkv, (Operands){w->hidden, m->width, w->qkv, qkv_width},
                            w->norms, 0, index, offsetof(Lora, a_qkv), offsetof(Lora, b_q), 3);
-    for (int t; (t = next_task(w->team, w->phase)) < pass->tokens;)
+    int done = 0;
+    for (int t; (t = next_of(w)) < pass->tokens; done++)
         remember(&attention, w->qkv + (size_t)t * qkv_width, pass->pages[t], pass->positions[t],
                  pass->cosines + (size_t)t * half, pass->sines + (size_t)t * half, layer->q_norm,
                  layer->k_norm);
-    meet(w->team, w->phase++);
-    for (int i; (i = next_task(w->team, w->phase)) < pass->tokens * m->kv_heads;) {
+    end_of(w, done, pass->tokens);
+    const int heads = pass->tokens * m->kv_heads;
+    done = 0;
+    for (int i; (i = next_of(w)) < heads; done++) {
         int t = i / m->kv_heads;
         attend(&attention, w->qkv + (size_t)t * qkv_width, (const void *const *)pass->pages[t],
                i % m->kv_heads, (int)pass->positions[t] + 1, w->scores, w->score_width,
                w->mixed + (size_t)t * mixed_width);
     }
-    meet(w->team, w->phase++);
+    end_of(w, done, heads);
     multiply_with_adapters(w, &layer->o, (Operands){w->mixed, mixed_width, w->hidden, m->width},
                            NULL, 1, index, offsetof(Lora, a_o), offsetof(Lora, b_o), 1);
 
@@ -171,9 +188,10 @@ static void compute_layer(Work *w, int index) {
     multiply_with_adapters(
         w, &layer->gate_up, (Operands){w->hidden, m->width, w->gate_up, 2 * m->intermediate},
         w->norms, 0, index, offsetof(Lora, a_gate_up), offsetof(Lora, b_gate), 2);
-    for (int t; (t = next_task(w->team, w->phase)) < pass->tokens;)
+    done = 0;
+    for (int t; (t = next_of(w)) < pass->tokens; done++)
         gate(w->gate_up + (size_t)t * 2 * m->intermediate, m->intermediate);
-    meet(w->team, w->phase++);
+    end_of(w, done, pass->tokens);
     multiply_with_adapters(
         w, &layer->down, (Operands){w->gate_up, 2 * m->intermediate, w->hidden, m->width}, NULL, 1,
         index, offsetof(Lora, a_down), offsetof(Lora, b_down), 1);
@@ -184,17 +202,19 @@ static void compute_logits(Work *w) {
     const Pass *pass = w->pass;
     /* The kept tokens side by side, where the attention has left room. */
     float *last = w->gate_up;
-    for (int i; (i = next_task(w->team, w->phase)) < pass->kept;) {
+    int done = 0;
+    for (int i; (i = next_of(w)) < pass->kept; done++) {
         const float *hidden = w->hidden + (size_t)pass->keep[i] * m->width;
         float norm = inverse_norm(hidden, m->width, m->epsilon);
         for (int c = 0; c < m->width; c++)
             last[(size_t)i * m->width + c] = hidden[c] * norm;
     }
-    meet(w->team, w->phase++);
+    end_of(w, done, pass->kept);
     Operands of = {last, m->width, pass->logits, m->head.out};
     Product head = product(&m->head, of, NULL, 0);
     head.count = pass->kept;
-    do_products(w, &head, 1);
+    Share shares = share(head, w->team->size);
+    do_products(w, &shares, 1);
 }
 
 typedef struct {
@@ -213,7 +233,8 @@ static void compute(Team *team, int member, void *given) {
     const Pass *pass = task->pass;
     size_t tokens = (size_t)pass->tokens;
     int mixed_width = m->heads * m->head_dim;
-    Work w = {.model = m, .pass = pass, .team = team, .score_width = task->score_width};
+    Work w = {.model = m, .pass = pass, .team = team, .member = member,
+              .score_width = task->score_width};
     float *next = task->decoder->space;
     w.hidden = next, next += tokens * m->width;
     w.qkv = next, next += tokens * (mixed_width + 2 * m->kv_heads * m->head_dim);
@@ -223,10 +244,11 @@ static void compute(Team *team, int member, void *given) {
     w.norms = next + member * member_floats(pass, task->score_width);
     w.scores = w.norms + tokens;
 
-    for (int t; (t = next_task(team, w.phase)) < pass->tokens;)
+    int done = 0;
+    for (int t; (t = next_of(&w)) < pass->tokens; done++)
         memcpy(w.hidden + (size_t)t * m->width, m->embedding + (size_t)pass->ids[t] * m->width,
                sizeof(float) * m->width);
-    meet(team, w.phase++);
+    end_of(&w, done, pass->tokens);
     for (int layer = 0; layer < m->layers; layer++)
         compute_layer(&w, layer);
     compute_logits(&w);
@@ -257,7 +279,8 @@ Decoder *tunesmith_open(const Model *model, int threads) {
     if (!decoder)
         return NULL;
     decoder->model = *model;
-    decoder->team = make_team(threads > 1 ? threads : 1);
+    decoder->team = make_team(threads > 1 ? threads : 1,
+                              OTHER_PHASES + PHASES_OF_LAYER * model->layers);
     if (!decoder->team) {
         tunesmith_close(decoder);
         return NULL;

@@ -1,8 +1,9 @@
 /* A team of threads that goes through the phases of a step together.
  *
- * Within a phase the tasks are taken one by one from a common counter, so that a thread that the
- * system holds up delays the others by no more than its present task. Between phases all wait for
- * each other, at first awake; between steps the team sleeps.
+ * Within a phase the tasks are taken one by one from a common counter, and the phase is over when
+ * all of them are done, whoever did them: a thread that the system holds up between two phases holds
+ * up nobody. One that is held up within a task is brought to the processor of a thread that could
+ * only wait for it. Between steps the team sleeps.
  */
 #ifndef TUNESMITH_THREADS_H
 #define TUNESMITH_THREADS_H
@@ -11,100 +12,154 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
+
+#include "held_up.h"
 
 /* Awake for some ten microseconds, longer than a task; whoever is late then was held up. */
-enum { SPINS = 2000, LINE = 64 };
+enum { SPINS = 2000 };
 
 typedef struct Team Team;
 typedef void (*Program)(Team *team, int member, void *argument);
 
+/* How many tasks are taken, and how many are done. */
 typedef struct {
-    _Atomic int next;
-    char apart[LINE - sizeof(int)];
-} Counter;
-
-struct Team {
-    int size;
-    pthread_t *threads;
-    pthread_mutex_t lock;
-    pthread_cond_t wake, all_here;
-    int round; /* of programs; under the lock */
-    int ending;
-    Program program;
-    void *argument;
-    _Atomic int arrived;
-    _Atomic int meetings;
-    _Atomic int sleepers;
-    Counter counters[2]; /* of the present phase, and of the next one */
-};
+    _Atomic int taken, done;
+} Phase;
 
 typedef struct {
     Team *team;
     int number;
+    pthread_t thread;
+    Thread known; /* to the system */
+    _Atomic int idle;
 } Member;
 
-static inline int next_task(Team *team, int phase) {
-    return atomic_fetch_add_explicit(&team->counters[phase & 1].next, 1, memory_order_relaxed);
+struct Team {
+    int size, most_phases;
+    Member *members; /* the first one is whoever calls */
+    Phase *phases;
+    _Atomic int over; /* phases */
+    _Atomic int inside; /* members that go through the program, the first one not counted */
+    _Atomic int sleepers;
+    pthread_mutex_t lock;
+    pthread_cond_t wake, news;
+    /* Under the lock. */
+    Program program;
+    void *argument;
+    int round; /* of programs */
+    int open; /* for members to come in */
+    int ending;
+};
+
+typedef int (*Condition)(Team *team, int phase);
+
+static int is_over(Team *team, int phase) { return atomic_load(&team->over) > phase; }
+
+static int all_have_left(Team *team, int phase) {
+    (void)phase;
+    return !atomic_load(&team->inside);
 }
 
-/* End a phase: return when all members have come. */
-static inline void meet(Team *team, int phase) {
-    int meetings = atomic_load_explicit(&team->meetings, memory_order_relaxed);
-    if (atomic_fetch_add(&team->arrived, 1) + 1 == team->size) {
-        /* Nobody takes tasks now; the counter is used again two phases on. */
-        atomic_store_explicit(&team->counters[phase & 1].next, 0, memory_order_relaxed);
-        atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
-        atomic_store(&team->meetings, meetings + 1);
-        if (atomic_load(&team->sleepers)) {
-            pthread_mutex_lock(&team->lock);
-            pthread_cond_broadcast(&team->all_here);
-            pthread_mutex_unlock(&team->lock);
-        }
+/* Wake those that sleep because a condition did not hold. */
+static void tell(Team *team) {
+    if (!atomic_load(&team->sleepers))
         return;
+    pthread_mutex_lock(&team->lock);
+    pthread_cond_broadcast(&team->news);
+    pthread_mutex_unlock(&team->lock);
+}
+
+/* Lend the processor to another member, if there is one that has work to do and none to do it on. */
+static void lend_processor(Team *team, int number) {
+    for (int i = 0; i < team->size; i++) {
+        Member *other = &team->members[i];
+        if (i != number && !atomic_load(&other->idle) && is_held_up(&other->known)) {
+            bring_here(&other->known);
+            return;
+        }
     }
+}
+
+/* Return when a condition holds; first awake, then asleep. */
+static void wait_until(Team *team, int number, Condition holds, int phase) {
     for (int spin = 0; spin < SPINS; spin++) {
-        if (atomic_load_explicit(&team->meetings, memory_order_acquire) != meetings)
+        if (holds(team, phase))
             return;
         _mm_pause();
     }
+    atomic_store(&team->members[number].idle, 1);
+    lend_processor(team, number);
     pthread_mutex_lock(&team->lock);
     atomic_fetch_add(&team->sleepers, 1);
-    while (atomic_load(&team->meetings) == meetings)
-        pthread_cond_wait(&team->all_here, &team->lock);
+    while (!holds(team, phase))
+        pthread_cond_wait(&team->news, &team->lock);
     atomic_fetch_sub(&team->sleepers, 1);
     pthread_mutex_unlock(&team->lock);
+    atomic_store(&team->members[number].idle, 0);
+}
+
+/* The next task of a phase; a number past the last one if all are taken. */
+static inline int next_task(Team *team, int phase) {
+    return atomic_fetch_add_explicit(&team->phases[phase].taken, 1, memory_order_relaxed);
+}
+
+/* Note how many of a phase's tasks a member has done, and return when all are. */
+static inline void end_phase(Team *team, int number, int phase, int done, int tasks) {
+    if (done && atomic_fetch_add(&team->phases[phase].done, done) + done == tasks) {
+        atomic_store(&team->over, phase + 1);
+        tell(team);
+    } else if (tasks)
+        wait_until(team, number, is_over, phase);
 }
 
 static void *member_main(void *given) {
-    Member own = *(Member *)given;
-    free(given);
-    Team *team = own.team;
+    Member *own = given;
+    Team *team = own->team;
+    own->known = this_thread();
     for (int seen = 0;;) {
         pthread_mutex_lock(&team->lock);
-        while (team->round == seen && !team->ending)
+        while (!team->ending && (!team->open || team->round == seen))
             pthread_cond_wait(&team->wake, &team->lock);
         seen = team->round;
         int ending = team->ending;
+        if (!ending)
+            atomic_fetch_add(&team->inside, 1);
         pthread_mutex_unlock(&team->lock);
         if (ending)
             return NULL;
-        team->program(team, own.number, team->argument);
-        meet(team, 0);
+        atomic_store(&own->idle, 0);
+        team->program(team, own->number, team->argument);
+        atomic_store(&own->idle, 1);
+        atomic_fetch_sub(&team->inside, 1);
+        tell(team);
     }
 }
 
-/* Have every member, the caller being the first, go through a program; it returns after the last. */
-static void run_together(Team *team, Program program, void *argument) {
-    atomic_store(&team->counters[0].next, 0);
-    atomic_store(&team->counters[1].next, 0);
+static void open_round(Team *team, int open) {
     pthread_mutex_lock(&team->lock);
+    team->open = open;
+    if (open) {
+        team->round++;
+        pthread_cond_broadcast(&team->wake);
+    }
+    pthread_mutex_unlock(&team->lock);
+}
+
+/* Have members go through a program, the caller being the first of them.
+ *
+ * Whoever wakes too late to find anything to do stays out; it returns when nobody is inside.
+ */
+static void run_together(Team *team, Program program, void *argument) {
+    memset(team->phases, 0, (size_t)team->most_phases * sizeof *team->phases);
+    atomic_store(&team->over, 0);
+    team->members[0].known = this_thread();
     team->program = program;
     team->argument = argument;
-    team->round++;
-    pthread_cond_broadcast(&team->wake);
-    pthread_mutex_unlock(&team->lock);
+    open_round(team, 1);
     program(team, 0, argument);
-    meet(team, 0);
+    open_round(team, 0);
+    wait_until(team, 0, all_have_left, 0);
 }
 
 static void end_team(Team *team) {
@@ -113,36 +168,42 @@ static void end_team(Team *team) {
     pthread_cond_broadcast(&team->wake);
     pthread_mutex_unlock(&team->lock);
     for (int i = 1; i < team->size; i++)
-        pthread_join(team->threads[i], NULL);
+        pthread_join(team->members[i].thread, NULL);
     pthread_cond_destroy(&team->wake);
-    pthread_cond_destroy(&team->all_here);
+    pthread_cond_destroy(&team->news);
     pthread_mutex_destroy(&team->lock);
-    free(team->threads);
+    free(team->members);
+    free(team->phases);
     free(team);
 }
 
-/* Return a team, smaller than wanted where the system gives no more threads; NULL without memory. */
-static Team *make_team(int size) {
+/* Return a team, smaller than wanted where the system gives no more threads; NULL without memory.
+ *
+ * Its programs have at most so many phases.
+ */
+static Team *make_team(int size, int most_phases) {
     Team *team = calloc(1, sizeof *team);
-    pthread_t *threads = calloc((size_t)size, sizeof *threads);
-    if (!team || !threads) {
+    Member *members = calloc((size_t)size, sizeof *members);
+    Phase *phases = calloc((size_t)most_phases, sizeof *phases);
+    if (!team || !members || !phases) {
         free(team);
-        free(threads);
+        free(members);
+        free(phases);
         return NULL;
     }
-    team->threads = threads;
+    team->members = members;
+    team->phases = phases;
+    team->most_phases = most_phases;
     pthread_mutex_init(&team->lock, NULL);
     pthread_cond_init(&team->wake, NULL);
-    pthread_cond_init(&team->all_here, NULL);
+    pthread_cond_init(&team->news, NULL);
     for (team->size = 1; team->size < size; team->size++) {
-        Member *member = malloc(sizeof *member);
-        if (!member)
+        Member *member = &members[team->size];
+        member->team = team;
+        member->number = team->size;
+        member->idle = 1;
+        if (pthread_create(&member->thread, NULL, member_main, member))
             break;
-        *member = (Member){team, team->size};
-        if (pthread_create(&threads[team->size], NULL, member_main, member)) {
-            free(member);
-            break;
-        }
     }
     return team;
 }
