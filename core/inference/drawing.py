@@ -1,171 +1,197 @@
-"""Drawing one token from one row of logits: temperature, top-k, top-p, min-p.
+"""Drawing one token from each row of logits: temperature, top-k, top-p, min-p.
 
-Gives the distribution of `transformers`' warpers in that order without sorting the vocabulary. The
-full width is only passed over, with comparisons and one exponential; what is sorted and summed are
-the few tokens that can be drawn. Sums are in float64. A row is computed by itself in the same
-operations, so that its draw does not depend on how many others are in the batch.
+Gives the distribution of `transformers`' warpers in that order, for all rows at once. The full
+width is only passed over, with comparisons and one exponential; what is sorted are the values of
+the few tokens that can be drawn, or of the whole row where those are many. The token is looked up
+last, by its value.
+
+Owns what may be drawn and the draw. Knows nothing of answers and generators. What a row draws does
+not depend on the others: their settings change only how many tokens are sorted that are ruled out
+afterwards.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-# Wide enough to leave few blocks, narrow enough to leave few candidates beside the wanted ones.
-_BLOCK = 128
-# Where the nucleus is looked for first, as a share of all probability.
-_NUCLEUS_FLOORS = (1e-3, 1e-5)
-_NOTHING = float("-inf")
+from core.inference.engine import SamplingParams
+from core.inference.ranking import (
+    NOTHING,
+    Doubles,
+    Floats,
+    Integers,
+    add_up,
+    find_places,
+    ids_at,
+    pack,
+    top_k_floors,
+    weigh,
+)
+
+# The nucleus is looked for among tokens with at least this share of the probability that it leaves
+# out. Few tokens have that much, and the others together seldom more than is left out.
+_NUCLEUS_SHARE = 2e-4
+# Sorting more than this part of a row by themselves takes longer than sorting all of it.
+_FEW = 1 / 8
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What limits the draws of several rows; every array has the shape (rows,).
+
+    Attributes:
+        temperature: Above 0.
+        top_k: Less than the vocabulary; 0 considers all tokens.
+        top_p: 1 considers all tokens.
+        min_p: 0 considers all tokens.
+    """
+
+    temperature: Doubles
+    top_k: Integers
+    top_p: Doubles
+    min_p: Doubles
+
+    @classmethod
+    def of(cls, settings: Sequence[SamplingParams], vocabulary: int) -> Cuts:
+        """Return what the settings of each row say about this many tokens."""
+        return cls(
+            np.array([each.temperature for each in settings], np.float64),
+            np.array([each.top_k if each.top_k < vocabulary else 0 for each in settings], np.int64),
+            np.array([each.top_p for each in settings], np.float64),
+            np.array([each.min_p for each in settings], np.float64),
+        )
+
+    def take(self, rows: Integers) -> Cuts:
+        """Return those of some rows."""
+        return Cuts(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Tokens that may be drawn.
+    """The best tokens of several rows, from the best one down.
 
     Attributes:
-        ids: Their ids, shape (candidates,).
-        weights: Their probabilities up to a common factor, float64.
+        values: Their logits, shape (rows, candidates).
+        weights: Their probabilities up to a factor of the row; 0 for what is ruled out.
     """
 
-    ids: Tensor
-    weights: Tensor
+    values: Floats
+    weights: Doubles
 
 
-def top_k_floors(logits: Tensor, top_k: int) -> Tensor:
-    """Return for each row a value that at least `top_k` tokens reach, and few more.
-
-    A value that `top_k` blocks of tokens reach with their best token is one.
+def draw_tokens(logits: Floats, cuts: Cuts, uniforms: Doubles) -> Integers:
+    """Return the token at a point of each row's distribution.
 
     Args:
-        logits: Shape (rows, vocabulary).
-        top_k: Less than the vocabulary.
-
-    Returns:
-        Shape (rows,).
+        logits: Shape (rows, width), in blocks, with finite greatest values; -inf rules a token out.
+        cuts: Of the rows.
+        uniforms: The points, from 0 to less than 1, shape (rows,).
     """
-    rows, vocabulary = logits.shape
-    whole = vocabulary // _BLOCK * _BLOCK
-    bests = logits[:, :whole].view(rows, -1, _BLOCK).amax(dim=2)
-    if bests.shape[1] < top_k:
-        return torch.topk(logits, top_k, dim=1).values[:, -1]
-    return torch.topk(bests, top_k, dim=1).values[:, -1]
+    ids = np.empty(len(logits), np.int64)
+    is_limited = (cuts.top_k > 0) | (cuts.top_p < 1) | (cuts.min_p > 0)
+    free = np.flatnonzero(~is_limited)
+    if free.size:
+        own = _rows(logits, free)
+        weights = weigh(own, own.max(axis=1), cuts.temperature[free])
+        reached = add_up(weights)
+        ids[free] = find_places(weights, reached, uniforms[free] * reached[:, -1])
+    limited = np.flatnonzero(is_limited)
+    if limited.size:
+        own = _rows(logits, limited)
+        for group, found in find_candidates(own, cuts.take(limited)):
+            reached = add_up(found.weights)
+            points = uniforms[limited[group]] * reached[:, -1]
+            places = find_places(found.weights, reached, points)
+            ids[limited[group]] = ids_at(_rows(own, group), found.values, places)
+    return ids
 
 
-def find_candidates(
-    logits: Tensor,
-    *,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    floor: float | None = None,
-) -> Candidates:
-    """Return the tokens that may be drawn, with their weights, in an order of their own.
+def find_candidates(logits: Floats, cuts: Cuts) -> Iterator[tuple[Integers, Candidates]]:
+    """Yield the tokens that may be drawn, for some of the rows at a time, with those rows.
 
     Nucleus sampling as in Holtzman et al., 2020, min-p as in Nguyen et al., 2024. The best token
     always stays; what ties with the last of the `top_k` best stays as well.
 
     Args:
-        logits: Shape (vocabulary,), float32, with a finite greatest value; -inf rules a token out.
-        temperature: Above 0.
-        top_k: 0 considers all tokens.
-        top_p: 1 considers all tokens.
-        min_p: 0 considers all tokens.
-        floor: The row's value of `top_k_floors`, if it is known.
+        logits: As for `draw_tokens`.
+        cuts: Of the rows.
     """
-    best = float(logits.max())
-    if 0 < top_k < logits.numel():
-        if floor is None:
-            floor = float(top_k_floors(logits[None], top_k))
-        ids = _at_least(logits, floor)
-        values = logits[ids]
-        if ids.numel() > top_k:
-            kept = values >= torch.topk(values, min(top_k, ids.numel())).values[-1]
-            ids, values = ids[kept], values[kept]
-        weights = _weigh(values, best, temperature)
-        total = float(weights.sum())
-    elif top_p < 1:
-        ids, weights, total = _nucleus_candidates(logits, best, temperature, top_p)
-    else:
-        lowest = best + temperature * (math.log(min_p) - 1) if min_p else _NOTHING
-        ids = _at_least(logits, lowest)
-        weights = _weigh(logits[ids], best, temperature)
-        total = 0.0
-    if top_p < 1:
-        weights, order = torch.sort(weights, descending=True, stable=True)
-        kept = weights.cumsum(0) - weights < top_p * total
-        kept[0] = True
-        ids, weights = ids[order][kept], weights[kept]
-    if min_p:
+    best = logits.max(axis=1)
+    floors, totals, is_sure = _floors(logits, best, cuts)
+    reaching = logits >= floors[:, None]
+    is_done = np.count_nonzero(reaching, axis=1) <= _FEW * logits.shape[1]
+    few = np.flatnonzero(is_done)
+    if few.size:
+        values, _ = pack(_rows(logits, few), reaching[few])
+        found, is_whole = _cut(values, best[few], cuts.take(few), totals[few])
+        is_done[few] = is_enough = is_whole | is_sure[few]
+        if is_enough.any():
+            yield few[is_enough], Candidates(found.values[is_enough], found.weights[is_enough])
+    many = np.flatnonzero(~is_done)
+    if many.size:
+        found, _ = _cut(_rows(logits, many), best[many], cuts.take(many), totals[many])
+        yield many, found
+
+
+def _floors(logits: Floats, best: Floats, cuts: Cuts) -> tuple[Floats, Doubles, NDArray[np.bool_]]:
+    """Return how far down candidates are looked for, what all tokens weigh, and what is sure.
+
+    The totals are of those rows whose nucleus is one of all tokens. Only they may need tokens
+    below the floor, unless `min_p` rules those out.
+    """
+    floors = np.full(len(logits), NOTHING)
+    totals = np.zeros(len(logits))
+    is_sure = np.ones(len(logits), np.bool_)
+    smallest = np.flatnonzero((cuts.min_p > 0) & (cuts.top_k == 0))
+    # A little lower, so that rounding leaves it to the weights what is ruled out.
+    depth = cuts.temperature[smallest] * (np.log(cuts.min_p[smallest]) - 1)
+    floors[smallest] = best[smallest] + depth
+    nucleus = np.flatnonzero((cuts.top_p < 1) & (cuts.top_k == 0))
+    if nucleus.size:
+        own, temperature = best[nucleus], cuts.temperature[nucleus]
+        totals[nucleus] = add_up(weigh(_rows(logits, nucleus), own, temperature))[:, -1]
+        share = _NUCLEUS_SHARE * (1 - cuts.top_p[nucleus])
+        # The best token is always looked at, also where no token has that much.
+        usual = own + temperature * np.log(np.minimum(share * totals[nucleus], 1))
+        is_sure[nucleus] = floors[nucleus] >= usual
+        floors[nucleus] = np.maximum(floors[nucleus], usual)
+    counted = np.flatnonzero(cuts.top_k)
+    if counted.size:
+        floors[counted] = top_k_floors(_rows(logits, counted), cuts.top_k[counted])
+    return floors.astype(np.float32), totals, is_sure
+
+
+def _cut(
+    values: Floats, best: Floats, cuts: Cuts, totals: Doubles
+) -> tuple[Candidates, NDArray[np.bool_]]:
+    """Sort logits and rule out by top-k, top-p and min-p; tell which rows' nucleus is whole."""
+    falling = -np.sort(-values, axis=1)
+    if cuts.top_k.any():
+        last = falling[np.arange(len(falling)), np.maximum(cuts.top_k - 1, 0)]
+        last[cuts.top_k == 0] = NOTHING
+        falling[falling < last[:, None]] = NOTHING
+    weights = falling.astype(np.float64)
+    weights -= best[:, None]
+    weights /= cuts.temperature[:, None]
+    np.exp(weights, out=weights)
+    reached = add_up(weights)
+    wanted = cuts.top_p * np.where(cuts.top_k > 0, reached[:, -1], totals)
+    is_whole = reached[:, -1] >= wanted
+    if (cuts.top_p < 1).any():
+        # A token stays if those before it weigh less than is wanted.
+        points = np.where(cuts.top_p < 1, np.nextafter(wanted, 0), np.inf)
+        edges = find_places(weights, reached, points)
+        weights[np.arange(weights.shape[1]) > edges[:, None]] = 0
+    if cuts.min_p.any():
         # The best token weighs 1, whatever else was ruled out.
-        kept = weights >= min_p
-        ids, weights = ids[kept], weights[kept]
-    return Candidates(ids, weights)
+        weights[weights < cuts.min_p[:, None]] = 0
+    return Candidates(falling, weights), is_whole
 
 
-def draw(candidates: Candidates, uniform: float) -> int:
-    """Return the token at a point of the distribution.
-
-    Args:
-        candidates: The distribution.
-        uniform: The point, from 0 to less than 1.
-    """
-    place, _ = _find_place(candidates.weights, uniform * float(candidates.weights.sum()))
-    return int(candidates.ids[place])
-
-
-def draw_from_all(logits: Tensor, temperature: float, uniform: float) -> int:
-    """Return the token at a point of the distribution that rules nothing out.
-
-    Blocks of tokens are summed first, so that only one block is looked at closely.
-
-    Args:
-        logits: As for `find_candidates`.
-        temperature: Above 0.
-        uniform: The point, from 0 to less than 1.
-    """
-    weights = (logits - logits.max()).div_(temperature).exp_()
-    whole = weights.numel() // _BLOCK * _BLOCK
-    blocks = weights[:whole].view(-1, _BLOCK).sum(dim=1, dtype=torch.float64)
-    if whole < weights.numel():
-        blocks = torch.cat([blocks, weights[whole:].sum(dtype=torch.float64)[None]])
-    block, rest = _find_place(blocks, uniform * float(blocks.sum()))
-    place, _ = _find_place(weights[block * _BLOCK : (block + 1) * _BLOCK].double(), rest)
-    return block * _BLOCK + place
-
-
-def _find_place(weights: Tensor, point: float) -> tuple[int, float]:
-    """Return which weight covers a point of their sum, and how far into it the point is."""
-    reached = weights.cumsum(0)
-    # Rounding must not lead behind the last token, nor to one of weight 0.
-    point = min(point, math.nextafter(float(reached[-1]), 0))
-    place = int(torch.searchsorted(reached, point, right=True))
-    return place, point - (float(reached[place - 1]) if place else 0.0)
-
-
-def _at_least(logits: Tensor, lowest: float) -> Tensor:
-    possible = logits > _NOTHING if lowest == _NOTHING else logits >= lowest
-    return possible.nonzero().flatten()
-
-
-def _weigh(values: Tensor, best: float, temperature: float) -> Tensor:
-    # Relative to the best, so that a small temperature cannot overflow.
-    return values.double().sub_(best).div_(temperature).exp_()
-
-
-def _nucleus_candidates(
-    logits: Tensor, best: float, temperature: float, top_p: float
-) -> tuple[Tensor, Tensor, float]:
-    """Return the most probable tokens, the nucleus among them, and what all tokens weigh."""
-    total = float((logits - best).div_(temperature).exp_().sum(dtype=torch.float64))
-    # All tokens below the last floor together have less than what the nucleus leaves out.
-    last = (1 - top_p) / (2 * logits.numel())
-    for share in (*(share for share in _NUCLEUS_FLOORS if share > last), last):
-        ids = _at_least(logits, best + temperature * math.log(share * total))
-        weights = _weigh(logits[ids], best, temperature)
-        if ids.numel() and float(weights.sum()) >= top_p * total:
-            break
-    return ids, weights, total
+def _rows(logits: Floats, rows: Integers) -> Floats:
+    """Return some rows, without a copy where they are all."""
+    return logits if rows.size == len(logits) else logits[rows]

@@ -12,9 +12,8 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from torch import Tensor
+from numpy.typing import NDArray
 
 from core.errors import InvalidInput, TunesmithError
 from core.inference.response_format import (
@@ -56,31 +55,27 @@ class Matcher:
     ) -> None:
         self._matcher = matcher
         self._end_ids = frozenset(eos_ids) | frozenset(stop_ids)
-        self._eos_index = torch.tensor(sorted(eos_ids), dtype=torch.long)
-        self._stop_index = torch.tensor(sorted(stop_ids), dtype=torch.long)
+        self._eos_index = np.array(sorted(eos_ids), np.int64)
+        self._stop_index = np.array(sorted(stop_ids), np.int64)
 
-    def allow_only(self, logits: Tensor) -> Tensor:
-        """Rule out the tokens that cannot continue the answer.
-
-        Args:
-            logits: Shape (vocabulary,).
+    def allowed(self, vocabulary: int) -> NDArray[np.bool_]:
+        """Return which tokens can continue the answer, shape (vocabulary,).
 
         Raises:
             InvalidInput: Code `grammar_too_complex`: the step took more than a step may.
+            TunesmithError: Code `grammar_dead_end`: none can.
         """
         mask = self._matcher.compute_bitmask()
         self._check()
-        bits = np.unpackbits(
-            np.frombuffer(mask, np.uint8), count=logits.numel(), bitorder="little"
-        ).astype(np.bool_)
-        allowed = torch.from_numpy(bits)
+        bits = np.frombuffer(mask, np.uint8)
+        allowed = np.unpackbits(bits, count=vocabulary, bitorder="little").view(np.bool_)
         accepting = self._matcher.is_accepting()
         allowed[self._eos_index] = accepting
         if accepting:
             allowed[self._stop_index] = True
         if not allowed.any():
             raise TunesmithError("no token can continue the answer", code="grammar_dead_end")
-        return logits.masked_fill(~allowed, float("-inf"))
+        return allowed
 
     def accept(self, token_id: int) -> None:
         """Note the token that was chosen, one of those allowed."""

@@ -14,7 +14,7 @@ from core.errors import InvalidInput, TunesmithError
 from core.inference.engine import SamplingParams
 from core.inference.grammar import GrammarCompiler, Matcher
 from core.inference.response_format import MAX_SCHEMA_DEPTH, ResponseFormat
-from core.inference.sampling import RowSampler
+from core.inference.sampling import RowSampler, choose_tokens
 from tests.support.tiny_model import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -44,8 +44,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def allowed(matcher: Matcher) -> set[int]:
-    shaped = matcher.allow_only(torch.zeros(VOCABULARY))
-    return set(torch.isfinite(shaped).nonzero().flatten().tolist())
+    return set(matcher.allowed(VOCABULARY).nonzero()[0].tolist())
 
 
 def follow(matcher: Matcher, text: str) -> Matcher:
@@ -65,7 +64,10 @@ def write(wanted: dict[str, Any], seed: int, limit: int = 400, **sampling: Any) 
     while len(ids) < limit:
         raw = torch.randn(VOCABULARY, generator=noise)
         raw[END] += 3
-        ids.append(sampler.choose(raw).token_id)
+        [choice] = choose_tokens(raw[None], [sampler])
+        if isinstance(choice, TunesmithError):
+            raise choice
+        ids.append(choice.token_id)
         if ids[-1] == END:
             return str(TOKENIZER.decode(ids[:-1]))
     raise AssertionError("the answer did not end")
@@ -114,6 +116,36 @@ def test_the_minimum_length_waits_only_as_long_as_the_form_goes_on() -> None:
     long = write({"type": "regex", "regex": "a*"}, 1, min_new_tokens=30)
     assert len(ids_of(long)) >= 30
     assert write({"type": "regex", "regex": "yes"}, 1, min_new_tokens=30) == "yes"
+
+
+def test_rows_of_a_batch_follow_their_own_forms_and_fail_alone() -> None:
+    wanted: list[dict[str, Any]] = [
+        {"type": "regex", "regex": "[ab]{40}"},
+        {"type": "regex", "regex": "(a{1000}){1000}"},
+        {"type": "regex", "regex": "[0-9]{40}"},
+    ]
+
+    def samplers() -> list[RowSampler]:
+        params = SamplingParams(temperature=1.0, seed=3, top_p=0.9, logprobs=2)
+        forms = [matchers(each)[0] for each in wanted]
+        return [RowSampler(params, row, [], {END}, form) for row, form in enumerate([*forms, None])]
+
+    together, alone = samplers(), samplers()
+    raw = torch.randn(20, 4, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    texts = ["", "", "", ""]
+    for step in raw:
+        choices = choose_tokens(step, together)
+        for row, choice in enumerate(choices):
+            [own] = choose_tokens(step[row : row + 1], [alone[row]])
+            if isinstance(choice, TunesmithError):
+                assert isinstance(own, TunesmithError)
+                assert (row, choice.code) == (1, own.code)
+            else:
+                assert choice == own
+                texts[row] += TOKENIZER.decode([choice.token_id])
+    assert not texts[1]
+    assert re.fullmatch("[ab]{20,}", texts[0])
+    assert re.fullmatch("[0-9]{20,}", texts[2])
 
 
 def test_spaces_between_members_come_to_an_end() -> None:

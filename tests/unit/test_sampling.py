@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,15 +20,12 @@ from transformers import (
 )
 
 from core.errors import TunesmithError
-from core.inference.drawing import Candidates, draw, draw_from_all, find_candidates, top_k_floors
+from core.inference.drawing import Cuts, draw_tokens, find_candidates
 from core.inference.engine import SamplingParams
 from core.inference.generation import TokenChoice
-from core.inference.sampling import (
-    RowSampler,
-    choose_tokens,
-    penalise_presence,
-    penalise_repetition,
-)
+from core.inference.ranking import in_blocks
+from core.inference.sampling import RowSampler, choose_tokens
+from core.inference.shaping import SeenTokens, penalise_presence, penalise_repetition
 
 VOCABULARY = 50
 
@@ -42,8 +40,36 @@ def sampler(
     return RowSampler(SamplingParams(**params), row, prompt, ends)
 
 
+def choose(chooser: RowSampler, raw: torch.Tensor) -> TokenChoice:
+    [choice] = choose_tokens(raw[None], [chooser])
+    if isinstance(choice, TunesmithError):
+        raise choice
+    return choice
+
+
+def ids_of(choices: list[TokenChoice | TunesmithError]) -> list[int]:
+    return [choice.token_id for choice in choices if isinstance(choice, TokenChoice)]
+
+
 def choose_ids(chooser: RowSampler, raw: torch.Tensor, count: int) -> list[int]:
-    return [chooser.choose(raw).token_id for _ in range(count)]
+    return [choose(chooser, raw).token_id for _ in range(count)]
+
+
+def may_be_drawn(raw: torch.Tensor, **params: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens that may be drawn from one row, and their weights."""
+    cuts = Cuts.of([SamplingParams(**params)], raw.numel())
+    [(_, found)] = find_candidates(in_blocks(raw[None].numpy()), cuts)
+    weights = torch.from_numpy(found.weights[0])
+    order = torch.sort(raw, descending=True, stable=True).indices
+    count = min(raw.numel(), weights.numel())
+    assert bool((weights[count:] == 0).all())
+    kept = weights[:count] > 0
+    return order[:count][kept], weights[:count][kept]
+
+
+def draw(raw: torch.Tensor, point: float, **params: Any) -> int:
+    cuts = Cuts.of([SamplingParams(**params)], raw.numel())
+    return int(draw_tokens(in_blocks(raw[None].numpy()), cuts, np.array([point]))[0])
 
 
 # The distribution.
@@ -84,10 +110,10 @@ def test_what_may_be_drawn_is_what_transformers_leaves(
     # In float64, since transformers' own sums in float32 move the edge of a wide nucleus.
     expected = warpers(None, raw[None].double())[0].softmax(dim=-1)
 
-    found = find_candidates(raw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    weights = torch.zeros(size, dtype=torch.float64).index_add(0, found.ids, found.weights)
+    ids, found = may_be_drawn(raw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    weights = torch.zeros(size, dtype=torch.float64).index_add(0, ids, found)
     probabilities = weights / weights.sum()
-    assert len(set(found.ids.tolist())) == found.ids.numel()
+    assert len(set(ids.tolist())) == ids.numel()
     differing = ((probabilities > 0) != (expected > 0)).nonzero().flatten().tolist()
     assert len(differing) <= 1, "more than the token on the edge of the nucleus"
     for token_id in differing:
@@ -106,7 +132,7 @@ def _is_on_the_edge(
     if top_k:
         kept = TopKLogitsWarper(top_k)(None, kept[None])[0]
     probabilities = kept.softmax(dim=-1)
-    own = probabilities[token_id]
+    own = float(probabilities[token_id])
     before = probabilities[raw > raw[token_id]].sum()
     return bool(
         abs(before - top_p) < 1e-6
@@ -117,16 +143,17 @@ def _is_on_the_edge(
 def test_ties_with_the_last_of_the_best_stay() -> None:
     raw = torch.zeros(400)
     raw[7] = 1.0
-    assert find_candidates(raw, temperature=1.0, top_k=5).ids.numel() == 400
-    assert find_candidates(raw, temperature=1.0, top_k=1).ids.tolist() == [7]
+    assert may_be_drawn(raw, temperature=1.0, top_k=5)[0].numel() == 400
+    assert may_be_drawn(raw, temperature=1.0, top_k=1)[0].tolist() == [7]
 
 
-@given(st.integers(0, 1000), st.integers(1, 300), st.sampled_from([300, 1000, 2000]))
-def test_at_least_top_k_tokens_reach_the_floor(seed: int, top_k: int, size: int) -> None:
-    raw = torch.stack([logits(seed, size), logits(seed + 1, size)])
-    floors = top_k_floors(raw, min(top_k, size - 1))
-    assert bool(((raw >= floors[:, None]).sum(dim=1) >= min(top_k, size - 1)).all())
-    assert torch.equal(top_k_floors(raw[1:], min(top_k, size - 1)), floors[1:])
+def test_of_equal_tokens_the_nucleus_has_as_many_as_it_needs() -> None:
+    raw = torch.zeros(1000)
+    assert may_be_drawn(raw, temperature=1.0, top_p=0.5)[0].tolist() == list(range(500))
+    drawn = {draw(raw, point / 100, temperature=1.0, top_p=0.5) for point in range(100)}
+    assert drawn == set(range(0, 500, 5))
+    wide = torch.zeros(49_152)
+    assert may_be_drawn(wide, temperature=1.0, top_p=0.001)[0].tolist() == list(range(50))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
@@ -138,25 +165,20 @@ def test_points_are_spread_over_the_tokens_by_their_probability(
     raw[1] = float("-inf")
     probabilities = (raw.double() / temperature).softmax(dim=-1)
     points = [(i + 0.5) / 4000 for i in range(4000)]
-    candidates = find_candidates(raw, temperature=temperature, top_p=0.999999)
-    for drawn in (
-        [draw_from_all(raw, temperature, point) for point in points],
-        [draw(candidates, point) for point in points],
-    ):
-        counts = torch.bincount(torch.tensor(drawn), minlength=size)
+    # All points at once: each one is a row of the same logits.
+    rows = in_blocks(raw.expand(4000, size).numpy())
+    for top_p in (1.0, 0.999999):
+        cuts = Cuts.of([SamplingParams(temperature=temperature, top_p=top_p)] * 4000, size)
+        drawn = draw_tokens(rows, cuts, np.array(points))
+        counts = torch.bincount(torch.from_numpy(drawn), minlength=size)
         assert float((counts / 4000 - probabilities).abs().max()) < 2 / 4000
-    assert draw_from_all(raw, temperature, math.nextafter(1, 0)) != 1
-
-
-def test_a_token_without_weight_is_never_drawn() -> None:
-    some = Candidates(torch.tensor([4, 5, 6]), torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
-    assert {draw(some, point) for point in (0.0, 0.5, math.nextafter(1, 0))} == {5}
+    assert draw(raw, math.nextafter(1, 0), temperature=temperature) != 1
 
 
 def test_temperature_zero_takes_the_best_and_a_tiny_one_too() -> None:
     raw = logits(1)
     for temperature in (0.0, 1e-320, 1e-9, 1e-5):
-        assert sampler(temperature=temperature).choose(raw).token_id == int(raw.argmax())
+        assert choose(sampler(temperature=temperature), raw).token_id == int(raw.argmax())
 
 
 # Penalties, bias and limits.
@@ -169,7 +191,11 @@ def test_repetition_penalty_is_that_of_transformers(
     raw = logits(seed)
     ids = torch.tensor(sorted(seen), dtype=torch.long)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(ids[None], raw[None].clone())[0]
-    assert torch.equal(penalise_repetition(raw, ids, penalty), expected)
+    shaped = torch.stack([raw, raw, raw])
+    rows = np.ones(len(ids), np.int64)
+    penalties = np.full(len(ids), penalty, np.float32)
+    penalise_repetition(shaped.numpy(), rows, ids.numpy(), penalties)
+    assert torch.equal(shaped, torch.stack([raw, expected, raw]))
 
 
 def test_the_repetition_penalty_counts_prompt_and_answer() -> None:
@@ -183,13 +209,29 @@ def test_presence_and_frequency_are_taken_off_as_openai_documents(
     answer: list[int], presence: float, frequency: float
 ) -> None:
     raw = logits(6)
-    counts = {token_id: answer.count(token_id) for token_id in answer}
+    seen = SeenTokens([3, 3, 7])
+    for token_id in answer:
+        seen.add(token_id)
     expected = [
         logit - answer.count(token_id) * frequency - (presence if token_id in answer else 0)
         for token_id, logit in enumerate(raw.tolist())
     ]
-    shaped = penalise_presence(raw, counts, presence, frequency)
-    assert shaped.tolist() == pytest.approx(expected, abs=1e-4)
+    shaped = torch.stack([raw, raw])
+    rows = np.ones(len(seen.ids), np.int64)
+    taken = [np.full(len(rows), value, np.float32) for value in (presence, frequency)]
+    penalise_presence(shaped.numpy(), rows, seen.ids, seen.counts, *taken)
+    assert shaped[1].tolist() == pytest.approx(expected, abs=1e-4)
+    assert torch.equal(shaped[0], raw)
+
+
+@given(st.lists(st.integers(0, 300), max_size=20), st.lists(st.integers(0, 300), max_size=400))
+def test_what_was_seen_is_counted_once_each(prompt: list[int], answer: list[int]) -> None:
+    seen = SeenTokens(prompt)
+    for token_id in answer:
+        seen.add(token_id)
+    counted = dict(zip(seen.ids.tolist(), seen.counts.tolist(), strict=True))
+    assert counted == {token_id: answer.count(token_id) for token_id in {*prompt, *answer}}
+    assert len(counted) == len(seen.ids)
 
 
 def test_presence_and_frequency_count_the_answer_alone() -> None:
@@ -221,7 +263,7 @@ def test_end_tokens_wait_in_a_batch_too() -> None:
     other_is_best[6], other_is_best[3] = 9.0, 7.0
     raw = torch.stack([end_is_best, other_is_best, end_is_best])
     rows = [sampler(ends=(3,), min_new_tokens=minimum) for minimum in (2, 2, 1)]
-    steps = [[choice.token_id for choice in choose_tokens(raw, rows)] for _ in range(3)]
+    steps = [ids_of(choose_tokens(raw, rows)) for _ in range(3)]
     assert steps == [[5, 6, 5], [5, 6, 3], [3, 6, 3]]
 
 
@@ -257,17 +299,22 @@ MIXED: list[dict[str, Any]] = [
     {"temperature": 1.0, "top_p": 0.9, "logprobs": 2, "frequency_penalty": 0.7},
     {"temperature": 3.0, "min_new_tokens": 4, "top_k": 700},
     {"logit_bias": {5: 40.0}},
+    {"logprobs": 5, "presence_penalty": 0.5, "repetition_penalty": 1.2},
+    {"temperature": 0.9, "top_p": 0.8, "min_p": 0.001, "logprobs": 0},
+    {"temperature": 5.0, "top_p": 0.99},
+    {"temperature": 0.01, "top_p": 0.5, "top_k": 100_000},
 ]
 
 
 @given(
-    kinds=st.lists(st.integers(0, len(MIXED) - 1), min_size=1, max_size=8),
+    kinds=st.lists(st.integers(0, len(MIXED) - 1), min_size=1, max_size=16),
     seed=st.integers(0, 1000),
     size=st.sampled_from([300, 2048, 3001]),
+    spread=st.sampled_from([0.01, 1.0, 3.0]),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_row_draws_the_same_alone_and_in_any_batch(
-    kinds: list[int], seed: int, size: int
+    kinds: list[int], seed: int, size: int, spread: float
 ) -> None:
     def samplers() -> list[RowSampler]:
         return [
@@ -275,13 +322,28 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(
             for row, kind in enumerate(kinds)
         ]
 
-    together, alone, first = samplers(), samplers(), samplers()
+    together, alone, turned = samplers(), samplers(), samplers()[::-1]
     for step in range(4):
         raw = torch.stack([logits(seed + 31 * row + step, size) for row in range(len(kinds))])
+        raw *= spread
+        given_logits = raw.clone()
         in_batch = choose_tokens(raw, together)
+        assert torch.equal(raw, given_logits)
+        assert choose_tokens(raw.flip(0), turned)[::-1] == in_batch
         for row, one in enumerate(alone):
             assert in_batch[row] == choose_tokens(raw[row : row + 1].clone(), [one])[0]
-            assert in_batch[row] == first[row].choose(raw[row].clone())
+
+
+def test_a_draw_takes_one_number_of_the_row_and_nothing_else_does() -> None:
+    greedy = sampler(seed=5, repetition_penalty=1.2, logprobs=2)
+    drawing = [sampler(seed=5, temperature=1.0), sampler(seed=5, temperature=1.0, top_p=0.9)]
+    broken = sampler(seed=5, temperature=1.0)
+    raw = torch.stack([logits(1), logits(2), logits(3), logits(4)])
+    raw[3, 7] = float("inf")
+    choose_tokens(raw, [greedy, *drawing, broken])
+    numbers = torch.Generator().manual_seed(5)
+    first, second = (float(torch.rand((), generator=numbers, dtype=torch.float64)) for _ in "12")
+    assert [each.uniform() for each in (greedy, *drawing, broken)] == [first, second, second, first]
 
 
 def test_a_row_that_is_no_number_fails_alone() -> None:
@@ -301,10 +363,11 @@ def test_a_row_that_is_no_number_fails_alone() -> None:
 def test_log_probabilities_are_of_the_raw_logits() -> None:
     raw = logits(4)
     given_logits = raw.clone()
-    choice = sampler(
+    chooser = sampler(
         prompt=(1, 2), temperature=0.3, top_k=2, repetition_penalty=1.9, seed=1, logprobs=4,
         logit_bias={3: 5.0},
-    ).choose(raw)  # fmt: skip
+    )  # fmt: skip
+    choice = choose(chooser, raw)
     expected = torch.log_softmax(given_logits, dim=-1)
     assert choice.logprob == pytest.approx(float(expected[choice.token_id]))
     assert [token_id for token_id, _ in choice.top] == torch.topk(expected, 4).indices.tolist()
@@ -316,5 +379,28 @@ def test_values_that_are_no_numbers_are_an_error(bad: float) -> None:
     raw = logits(5)
     raw[10] = bad
     with pytest.raises(TunesmithError) as failed:
-        sampler().choose(raw)
+        choose(sampler(), raw)
     assert failed.value.code == "logits_not_finite"
+
+
+def test_each_row_of_a_batch_reports_as_much_as_it_asked_for() -> None:
+    raw = torch.stack([logits(seed, 300) for seed in range(4)])
+    raw[3] = 0.0
+    rows = [sampler(logprobs=3), sampler(), sampler(logprobs=0), sampler(logprobs=4)]
+    choices = choose_tokens(raw, rows)
+    expected = torch.log_softmax(raw, dim=-1)
+    tops = []
+    for row, choice in enumerate(choices):
+        assert isinstance(choice, TokenChoice)
+        tops.append([token_id for token_id, _ in choice.top])
+        for token_id, logprob in choice.top:
+            assert logprob == pytest.approx(float(expected[row, token_id]))
+    assert tops == [torch.topk(raw[0], 3).indices.tolist(), [], [], [0, 1, 2, 3]]
+    assert [choice.logprob is None for choice in choices] == [False, True, False, False]  # type: ignore[union-attr]
+
+
+def test_what_ends_only_because_nothing_else_is_possible_ends() -> None:
+    raw = torch.full((VOCABULARY,), float("-inf"))
+    raw[3] = 1.0
+    assert choose_ids(sampler(ends=(3,), min_new_tokens=9), raw, 2) == [3, 3]
+    assert choose_ids(sampler(ends=(3,), min_new_tokens=9, temperature=1.0), raw, 2) == [3, 3]
