@@ -7,6 +7,8 @@ import random
 import statistics
 from typing import Final
 
+import uvloop
+
 from benchmarks.report import Measurement
 from benchmarks.serving.bench import Bench
 from benchmarks.serving.client import Answer, Ask, HttpSide
@@ -26,7 +28,7 @@ def measure(bench: Bench) -> list[Measurement]:
         ours.run([Ask(prompt, None, NEW_TOKENS) for prompt in bench.prompts.short(8)])
         for rate in _RATES_PER_SECOND:
             loads = ours.engine["loads"]
-            answers = asyncio.run(_arrive(bench, ours, rate))
+            answers = uvloop.run(_arrive(bench, ours, rate))
             loads = ours.engine["loads"] - loads
             load = f"{rate:g} requests/s over {_ADAPTERS} adapters"
             first = [1000 * answer.first_token_seconds for answer in answers]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import uvloop
+
 from benchmarks.serving.prompts import Prompt
 
 _READ_LIMIT = 2**22
@@ -101,7 +103,7 @@ class HttpSide:
         async def all_at_once() -> list[Answer]:
             return await asyncio.gather(*map(self.ask, asks))
 
-        return asyncio.run(all_at_once())
+        return uvloop.run(all_at_once())
 
     async def ask(self, ask: Ask) -> Answer:
         """Send one request and return its answer.
@@ -121,15 +123,18 @@ class HttpSide:
                 f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode()
                 + content
             )
-            status = await reader.readline()
-            if b" 200 " not in status:
-                raise RuntimeError(f"{self.name}: {(await reader.read()).decode()[-2000:]}")
-            lines = [(line, time.monotonic()) async for line in reader]
+            # What was read is looked at when nobody is measured any more.
+            pieces = []
+            while piece := await reader.read(_READ_LIMIT):
+                pieces.append((piece, time.monotonic()))
         finally:
             writer.close()
-        return self._read(lines, sent, ask)
+        return self._read(_split(pieces), sent, ask)
 
     def _read(self, lines: list[tuple[bytes, float]], sent: float, ask: Ask) -> Answer:
+        if not lines or b" 200 " not in lines[0][0]:
+            said = b"".join(line for line, _ in lines)
+            raise RuntimeError(f"{self.name}: {said.decode()[-2000:]}")
         # The lines between events, of headers and chunks, begin with neither word.
         times, counts, event = [], None, ""
         for line, came in lines:
@@ -145,6 +150,15 @@ class HttpSide:
         if counts[1] != ask.new_tokens or counts[0] != len(ask.prompt.token_ids):
             raise RuntimeError(f"{self.name}: {counts} tokens of prompt and answer")
         return Answer(sent, times, tokens=counts[1], prompt_tokens=counts[0])
+
+
+def _split(pieces: Sequence[tuple[bytes, float]]) -> list[tuple[bytes, float]]:
+    """Return lines, each with the time at which its last byte came."""
+    lines, open_line = [], b""
+    for piece, came in pieces:
+        *whole, open_line = (open_line + piece).split(b"\n")
+        lines += [(line + b"\n", came) for line in whole]
+    return [*lines, (open_line, pieces[-1][1])] if open_line else lines
 
 
 def whole_rate(answers: Sequence[Answer]) -> float:

@@ -145,8 +145,8 @@ class NativeDecoder:
         starts = np.array([piece.start for piece in pieces]) - (ends - counts)
         positions = np.arange(tokens, dtype=np.int64) + np.repeat(starts, counts)
         keep = (np.arange(tokens) if every_token else ends - 1).astype(np.int32)
-        # Not by torch, which lets other threads of Python in between: those that hand out the tokens
-        # of the pass before would delay this one.
+        # Not by torch, which lets other threads of Python in between: those that hand out the
+        # tokens of the pass before would delay this one.
         angles = np.outer(positions.astype(np.float32), self._frequencies)
         cosines, sines = (turn(angles) * self._rotary_scale for turn in (np.cos, np.sin))
         groups, members = _group(pieces, ends, counts)
