@@ -102,9 +102,12 @@ static void do_products(Work *w, const Share *shares, int count) {
     for (int i = 0; i < count; i++)
         tasks += shares[i].tasks;
     int task = next_of(w);
-    for (int i = 0; task < tasks; before += shares[i++].tasks)
-        for (; task < before + shares[i].tasks; task = next_of(w), done++)
-            do_share(&shares[i], task - before);
+    for (int i = 0; task < tasks; i++) {
+        const Share own = shares[i];
+        for (; task < before + own.tasks; task = next_of(w), done++)
+            do_share(&own, task - before);
+        before += own.tasks;
+    }
     end_of(w, done, tasks);
 }
 
