@@ -24,6 +24,7 @@ from core.causal_lm import linear_modules
 from core.inference.gates import AdapterWeights, LoraMatrices
 from core.inference.lean.linear import offered_precisions
 from core.inference.lean.model import LeanModel
+from core.inference.lean.panels import load_kernel
 from core.inference.lean.weights import why_not_lean
 from core.inference.rows import Row
 from tests.support.rows import read_prompt
@@ -385,6 +386,36 @@ def test_the_kernel_computes_a_row_to_the_same_bit_whatever_is_beside_it(precisi
     for neighbours, piece in ((0, 7), (1, 45), (5, 16), (20, 9)):
         for own, expected in zip(logits(neighbours, piece), alone, strict=True):
             assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize("precision", offered_precisions(torch.device("cpu")))
+@pytest.mark.parametrize("family", ["llama", "llama_biased", "qwen3"])
+def test_the_kernel_computes_the_same_bits_with_vectors_of_either_width(
+    family: str, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = load_kernel()
+    if library is None or library.tunesmith_vector_bits() < 512:
+        pytest.skip("this processor has vectors of one width")
+    model = make_model(family)
+    adapters = [make_adapter(model, number, 5 * number + 1) for number in range(3)]
+
+    def logits(bits: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(library, "tunesmith_vector_bits", lambda: bits)
+        lean = LeanModel(model, precision, path="native")
+        for adapter in adapters:
+            lean.insert(adapter.digest, lean.prepare(adapter))
+        found = []
+        for count in range(1, 20):
+            digests = [None, *(adapter.digest for adapter in adapters)] * count
+            rows = [lean.open_row(digest, [7, *range(3 * count)]) for digest in digests[:count]]
+            found.append(lean.extend(rows, [row.prompt_ids for row in rows]))
+            found.append(lean.extend(rows, [[number] for number in range(count)]))
+            for row in rows:
+                lean.close_row(row)
+        return found
+
+    for narrow, wide in zip(logits(256), logits(512), strict=True):
+        assert torch.equal(narrow, wide)
 
 
 def test_half_precision_weights_are_nearly_lossless() -> None:

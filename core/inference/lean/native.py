@@ -74,13 +74,20 @@ class NativeDecoder:
         shape: Sizes of the layers.
         precision: How base weights, adapters and cache are kept.
         threads: That compute together.
+        vector_bits: 256 or, where the processor has them, 512; by default its widest. The results
+            are the same.
     """
 
     # A result is one sum in one order, however many rows there are.
     rows_are_independent = True
 
     def __init__(
-        self, decoder: Decoder, shape: LayerShape, precision: Precision, threads: int
+        self,
+        decoder: Decoder,
+        shape: LayerShape,
+        precision: Precision,
+        threads: int,
+        vector_bits: int | None = None,
     ) -> None:
         library = load_kernel()
         assert library is not None
@@ -110,7 +117,8 @@ class NativeDecoder:
             layer=ctypes.addressof(self._layers),
             head=head.matrix,
         )
-        self._handle = library.tunesmith_open(ctypes.addressof(model), threads)
+        bits = vector_bits or library.tunesmith_vector_bits()
+        self._handle = library.tunesmith_open(ctypes.addressof(model), threads, bits)
         if self._handle is None:
             raise MemoryError("no memory for the decoder")
         self._close = weakref.finalize(self, library.tunesmith_close, self._handle)

@@ -23,7 +23,7 @@ from core.inference.lean.adapters import PARTS, LayerSizes, PlacedAdapter
 from core.inference.lean.decoder import LayerAdapters
 
 # As in the C sources; the version changes with every structure that Python fills in.
-_VERSION = 3
+_VERSION = 4
 _PANEL = 16
 _LINE = 64
 
@@ -76,7 +76,7 @@ def load_kernel() -> ctypes.CDLL | None:
             if library.tunesmith_version() != _VERSION:
                 return None
             library.tunesmith_open.restype = c_void_p
-            library.tunesmith_open.argtypes = [c_void_p, c_int32]
+            library.tunesmith_open.argtypes = [c_void_p, c_int32, c_int32]
             library.tunesmith_step.argtypes = [c_void_p, c_void_p]
             library.tunesmith_close.argtypes = [c_void_p]
             library.tunesmith_close.restype = None

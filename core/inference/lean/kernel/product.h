@@ -12,7 +12,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { PANEL = 16, WIDEST = 3, TILE_ROWS = 6, FEW_ROWS = 24, MANY_PANELS = 4, NEAREST = 4096 };
+enum { PANEL = 16, WIDEST = 3, TILE_ROWS = 8, FEW_ROWS = 24, NEAREST = 4096 };
+
+typedef struct Tiles Tiles;
 
 typedef struct {
     const void *data; /* NULL: not there */
@@ -30,6 +32,7 @@ typedef struct {
     int32_t count, x_stride, y_stride;
     int32_t add; /* to what y holds */
     const float *scale; /* of each row of x; NULL: 1 */
+    const Tiles *tiles; /* what computes it */
 } Product;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -55,6 +58,8 @@ typedef struct {
     int ahead_each;      /* bytes for each input */
 } TileWork;
 
+typedef void (*Tile)(const TileWork *);
+
 /* The sums of some rows and neighbouring panels, which stay in registers throughout. */
 INLINE void add_up(const int rows, const int panels, const int half, const TileWork *t) {
     __m256 sum[TILE_ROWS][2 * WIDEST];
@@ -62,7 +67,7 @@ INLINE void add_up(const int rows, const int panels, const int half, const TileW
     const size_t panel_size = t->panel_size;
     const char *ahead = t->ahead;
     const float *x[TILE_ROWS];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         x[r] = t->x[r];
 #pragma GCC unroll 6
@@ -77,7 +82,7 @@ INLINE void add_up(const int rows, const int panels, const int half, const TileW
 #pragma GCC unroll 6
         for (int j = 0; j < 2 * panels; j++)
             w[j] = load8(data, (j / 2) * panel_size + (size_t)k * PANEL + 8 * (j % 2), half);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             __m256 value = _mm256_broadcast_ss(x[r] + k);
 #pragma GCC unroll 6
@@ -85,11 +90,56 @@ INLINE void add_up(const int rows, const int panels, const int half, const TileW
                 sum[r][j] = _mm256_fmadd_ps(value, w[j], sum[r][j]);
         }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 6
         for (int j = 0; j < 2 * panels; j++)
             _mm256_storeu_ps(t->sums[r] + 8 * j, sum[r][j]);
+}
+
+/* The same in registers of twice the width, of which there are twice as many. */
+#define AVX512 __attribute__((target("avx512f")))
+
+AVX512 INLINE __m512 load16(const void *data, size_t index, int half) {
+    const uint16_t *halves = (const uint16_t *)data + index;
+    return half ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves))
+                : _mm512_loadu_ps((const float *)data + index);
+}
+
+AVX512 INLINE void add_up_512(const int rows, const int panels, const int half, const TileWork *t) {
+    __m512 sum[TILE_ROWS][WIDEST];
+    const void *data = t->data;
+    const size_t panel_size = t->panel_size;
+    const char *ahead = t->ahead;
+    const float *x[TILE_ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        x[r] = t->x[r];
+#pragma GCC unroll 3
+        for (int j = 0; j < panels; j++)
+            sum[r][j] = _mm512_setzero_ps();
+    }
+    for (int k = 0, inputs = t->inputs; k < inputs; k++, ahead += t->ahead_each) {
+        __m512 w[WIDEST];
+#pragma GCC unroll 3
+        for (int j = 0; j < panels; j++)
+            _mm_prefetch(ahead + j * t->ahead_stride, _MM_HINT_T1);
+#pragma GCC unroll 3
+        for (int j = 0; j < panels; j++)
+            w[j] = load16(data, j * panel_size + (size_t)k * PANEL, half);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            __m512 value = _mm512_set1_ps(x[r][k]);
+#pragma GCC unroll 3
+            for (int j = 0; j < panels; j++)
+                sum[r][j] = _mm512_fmadd_ps(value, w[j], sum[r][j]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+        for (int j = 0; j < panels; j++)
+            _mm512_storeu_ps(t->sums[r] + PANEL * j, sum[r][j]);
 }
 
 /* One function for each shape that fits into the registers. */
@@ -102,15 +152,50 @@ INLINE void add_up(const int rows, const int panels, const int half, const TileW
     TILE(6, 1, half) TILE(1, 3, half) TILE(2, 2, half)
 TILES(0)
 TILES(1)
-typedef void (*Tile)(const TileWork *);
+#define TILE_512(rows, panels, half)                                                              \
+    static AVX512 __attribute__((noinline)) void tile_512_##rows##_##panels##_##half(             \
+        const TileWork *t) {                                                                      \
+        add_up_512(rows, panels, half, t);                                                        \
+    }
+#define TILES_512(panels, half)                                                                   \
+    TILE_512(1, panels, half) TILE_512(2, panels, half) TILE_512(3, panels, half)                 \
+    TILE_512(4, panels, half) TILE_512(5, panels, half) TILE_512(6, panels, half)                 \
+    TILE_512(7, panels, half) TILE_512(8, panels, half)
+TILES_512(1, 0)
+TILES_512(1, 1)
+TILES_512(3, 0)
+TILES_512(3, 1)
+
+/* The tiles of a kind of processor. */
+struct Tiles {
+    int rows;                      /* the most that one takes */
+    int many_panels;               /* that a block of rows takes where there are many rows */
+    int panels[TILE_ROWS + 1];     /* that the wide ones take at a time, by rows */
+    Tile narrow[2][TILE_ROWS + 1]; /* of one panel, by half and rows */
+    Tile wide[2][TILE_ROWS + 1];
+};
+
 #define NARROW(half)                                                                              \
     { NULL, tile_1_1_##half, tile_2_1_##half, tile_3_1_##half, tile_4_1_##half, tile_5_1_##half,  \
       tile_6_1_##half }
-static const Tile narrow_tiles[2][TILE_ROWS + 1] = {NARROW(0), NARROW(1)};
-static const Tile wide_tiles[2][TILE_ROWS + 1] = {{NULL, tile_1_3_0, tile_2_2_0},
-                                                  {NULL, tile_1_3_1, tile_2_2_1}};
-/* Panels that the wide tiles take at a time, by rows; more rows have registers for one. */
-static const int tile_panels[3] = {0, 3, 2};
+static const Tiles tiles_256 = {
+    .rows = 6,
+    .many_panels = 4,
+    .panels = {0, 3, 2, 1, 1, 1, 1},
+    .narrow = {NARROW(0), NARROW(1)},
+    .wide = {{NULL, tile_1_3_0, tile_2_2_0}, {NULL, tile_1_3_1, tile_2_2_1}},
+};
+#define ALL_512(panels, half)                                                                     \
+    { NULL, tile_512_1_##panels##_##half, tile_512_2_##panels##_##half,                           \
+      tile_512_3_##panels##_##half, tile_512_4_##panels##_##half, tile_512_5_##panels##_##half,   \
+      tile_512_6_##panels##_##half, tile_512_7_##panels##_##half, tile_512_8_##panels##_##half }
+static const Tiles tiles_512 = {
+    .rows = 8,
+    .many_panels = 6,
+    .panels = {0, 3, 3, 3, 3, 3, 3, 3, 3},
+    .narrow = {ALL_512(1, 0), ALL_512(1, 1)},
+    .wide = {ALL_512(3, 0), ALL_512(3, 1)},
+};
 
 /* Hand out a row's sums: scaled, with the bias, and added to what is there if that is wanted. */
 INLINE void store(const Product *p, int index, int column, const float *sums, int width) {
@@ -136,8 +221,8 @@ INLINE void store(const Product *p, int index, int column, const float *sums, in
 }
 
 /* Rows in blocks of about the same size, as a block of few rows leaves registers unused. */
-INLINE int block_rows(int rows) {
-    int blocks = (rows + TILE_ROWS - 1) / TILE_ROWS;
+INLINE int block_rows(int rows, int most) {
+    int blocks = (rows + most - 1) / most;
     return (rows + blocks - 1) / blocks;
 }
 
@@ -148,12 +233,12 @@ INLINE int block_rows(int rows) {
  */
 static void multiply(const Product *p, int first, int last) {
     const Matrix *m = p->matrix;
+    const Tiles *tiles = p->tiles;
     const size_t panel_size = (size_t)m->in * PANEL, panel_bytes = panel_size * (m->half ? 2 : 4);
-    const int rows_each = block_rows(p->count);
+    const int rows_each = block_rows(p->count, tiles->rows);
     const int passes = (p->count + rows_each - 1) / rows_each;
-    const int wide = p->count <= 2 ? tile_panels[p->count] : 1;
-    const int together = p->count > FEW_ROWS ? MANY_PANELS : wide;
-    float sums[TILE_ROWS][WIDEST * PANEL] __attribute__((aligned(32)));
+    const int together = p->count > FEW_ROWS ? tiles->many_panels : tiles->panels[rows_each];
+    float sums[TILE_ROWS][WIDEST * PANEL] __attribute__((aligned(64)));
     const float *x[TILE_ROWS];
     for (int group = first; group < last; group += together) {
         int end = group + together < last ? group + together : last;
@@ -161,8 +246,8 @@ static void multiply(const Product *p, int first, int last) {
             int rows = p->count - begin < rows_each ? p->count - begin : rows_each;
             for (int i = 0; i < rows; i++)
                 x[i] = p->x + (size_t)row_of(p, begin + i) * p->x_stride;
-            int step = end - group == wide ? wide : 1;
-            for (int panel = group; panel < end; panel += step) {
+            for (int panel = group, step; panel < end; panel += step) {
+                step = end - panel < tiles->panels[rows] ? 1 : tiles->panels[rows];
                 const char *data = (const char *)m->data + panel_bytes * panel;
                 int ahead_each = (int)(panel_bytes / m->in) / passes;
                 TileWork work = {.data = data, .panel_size = panel_size, .inputs = m->in, .x = x,
@@ -171,7 +256,7 @@ static void multiply(const Product *p, int first, int last) {
                 size_t distance = step * panel_bytes;
                 work.ahead = data + (distance > NEAREST ? distance : NEAREST) +
                              (size_t)(begin / rows_each) * ahead_each * m->in;
-                (step > 1 ? wide_tiles : narrow_tiles)[m->half][rows](&work);
+                (step > 1 ? tiles->wide : tiles->narrow)[m->half][rows](&work);
                 for (int i = 0; i < rows; i++)
                     store(p, begin + i, panel * PANEL, sums[i], step * PANEL);
             }

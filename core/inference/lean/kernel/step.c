@@ -53,6 +53,7 @@ typedef struct {
 typedef struct {
     Model model;
     Team *team;
+    const Tiles *tiles;
     float *space; /* of the largest pass so far */
     size_t size;
 } Decoder;
@@ -62,6 +63,7 @@ typedef struct {
     const Model *model;
     const Pass *pass;
     Team *team;
+    const Tiles *tiles;
     int member, phase, score_width;
     float *hidden, *qkv, *mixed, *gate_up, *low; /* shared, a row for each token */
     float *norms, *scores;                       /* the member's own */
@@ -77,9 +79,10 @@ typedef struct {
     int y_stride;
 } Operands;
 
-static Product product(const Matrix *matrix, Operands of, const float *scale, int add) {
+static Product product(const Work *w, const Matrix *matrix, Operands of, const float *scale,
+                       int add) {
     return (Product){.matrix = matrix, .x = of.x, .y = of.y, .x_stride = of.x_stride,
-                     .y_stride = of.y_stride, .add = add, .scale = scale};
+                     .y_stride = of.y_stride, .add = add, .scale = scale, .tiles = w->tiles};
 }
 
 static Product of_group(Product product, const Group *group) {
@@ -118,7 +121,7 @@ static void multiply_with_adapters(Work *w, const Matrix *base, Operands of, con
     const int size = w->team->size;
     Share shares[1 + MOST_GROUPS * MOST_PARTS];
     Operands to_low = {of.x, of.x_stride, w->low, pass->low_width};
-    Product whole = product(base, of, scale, add);
+    Product whole = product(w, base, of, scale, add);
     whole.count = pass->tokens;
     int count = 0;
     shares[count++] = share(whole, size);
@@ -127,7 +130,7 @@ static void multiply_with_adapters(Work *w, const Matrix *base, Operands of, con
         const Matrix *down = (const Matrix *)((const char *)lora + a);
         if (down->data)
             shares[count++] =
-                share(of_group(product(down, to_low, scale, 0), &pass->group[g]), size);
+                share(of_group(product(w, down, to_low, scale, 0), &pass->group[g]), size);
     }
     int touched = count > 1;
     do_products(w, shares, count);
@@ -143,7 +146,7 @@ static void multiply_with_adapters(Work *w, const Matrix *base, Operands of, con
             Operands from_low = {w->low + part * up->in, pass->low_width, of.y + column,
                                  of.y_stride};
             shares[count++] =
-                share(of_group(product(&up[part], from_low, NULL, 1), &pass->group[g]), size);
+                share(of_group(product(w, &up[part], from_low, NULL, 1), &pass->group[g]), size);
         }
     }
     do_products(w, shares, count);
@@ -214,7 +217,7 @@ static void compute_logits(Work *w) {
     }
     end_of(w, done, pass->kept);
     Operands of = {last, m->width, pass->logits, m->head.out};
-    Product head = product(&m->head, of, NULL, 0);
+    Product head = product(w, &m->head, of, NULL, 0);
     head.count = pass->kept;
     Share shares = share(head, w->team->size);
     do_products(w, &shares, 1);
@@ -236,8 +239,8 @@ static void compute(Team *team, int member, void *given) {
     const Pass *pass = task->pass;
     size_t tokens = (size_t)pass->tokens;
     int mixed_width = m->heads * m->head_dim;
-    Work w = {.model = m, .pass = pass, .team = team, .member = member,
-              .score_width = task->score_width};
+    Work w = {.model = m, .pass = pass, .team = team, .tiles = task->decoder->tiles,
+              .member = member, .score_width = task->score_width};
     float *next = task->decoder->space;
     w.hidden = next, next += tokens * m->width;
     w.qkv = next, next += tokens * (mixed_width + 2 * m->kv_heads * m->head_dim);
@@ -258,7 +261,7 @@ static void compute(Team *team, int member, void *given) {
 }
 
 /* Changes with every structure above. */
-int tunesmith_version(void) { return 3; }
+int tunesmith_version(void) { return 4; }
 
 /* Whether this processor has what the code was compiled for. */
 int tunesmith_supported(void) {
@@ -276,12 +279,22 @@ void tunesmith_close(Decoder *decoder) {
     free(decoder);
 }
 
-/* Return a decoder over matrices that the caller keeps in memory; NULL without memory. */
-Decoder *tunesmith_open(const Model *model, int threads) {
+/* The width of the vectors that this processor computes with. */
+int tunesmith_vector_bits(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") ? 512 : 256;
+}
+
+/* Return a decoder over matrices that the caller keeps in memory; NULL without memory.
+ *
+ * It computes the same with vectors of either width, to the last bit.
+ */
+Decoder *tunesmith_open(const Model *model, int threads, int vector_bits) {
     Decoder *decoder = calloc(1, sizeof *decoder);
     if (!decoder)
         return NULL;
     decoder->model = *model;
+    decoder->tiles = vector_bits == 512 ? &tiles_512 : &tiles_256;
     decoder->team = make_team(threads > 1 ? threads : 1,
                               OTHER_PHASES + PHASES_OF_LAYER * model->layers);
     if (!decoder->team) {
