@@ -24,7 +24,7 @@ _PAUSE_SECONDS: Final = 0.02
 _LONG_PROMPT_TOKENS: Final = 1500
 _USUAL_SECONDS: Final = 3.0
 # More than the rows can get while the long prompt is read.
-_LONG_ANSWER_TOKENS: Final = 320
+_LONG_ANSWER_TOKENS: Final = 800
 
 
 def measure_status(bench: Bench) -> list[Measurement]:
