@@ -28,6 +28,7 @@ from core.inference.ranking import (
     find_places,
     ids_at,
     pack,
+    take_rows,
     top_k_floors,
     weigh,
 )
@@ -95,18 +96,18 @@ def draw_tokens(logits: Floats, cuts: Cuts, uniforms: Doubles) -> Integers:
     is_limited = (cuts.top_k > 0) | (cuts.top_p < 1) | (cuts.min_p > 0)
     free = np.flatnonzero(~is_limited)
     if free.size:
-        own = _rows(logits, free)
+        own = take_rows(logits, free)
         weights = weigh(own, own.max(axis=1), cuts.temperature[free])
         reached = add_up(weights)
         ids[free] = find_places(weights, reached, uniforms[free] * reached[:, -1])
     limited = np.flatnonzero(is_limited)
     if limited.size:
-        own = _rows(logits, limited)
+        own = take_rows(logits, limited)
         for group, found in find_candidates(own, cuts.take(limited)):
             reached = add_up(found.weights)
             points = uniforms[limited[group]] * reached[:, -1]
             places = find_places(found.weights, reached, points)
-            ids[limited[group]] = ids_at(_rows(own, group), found.values, places)
+            ids[limited[group]] = ids_at(take_rows(own, group), found.values, places)
     return ids
 
 
@@ -126,14 +127,14 @@ def find_candidates(logits: Floats, cuts: Cuts) -> Iterator[tuple[Integers, Cand
     is_done = np.count_nonzero(reaching, axis=1) <= _FEW * logits.shape[1]
     few = np.flatnonzero(is_done)
     if few.size:
-        values, _ = pack(_rows(logits, few), reaching[few])
+        values, _ = pack(take_rows(logits, few), reaching[few])
         found, is_whole = _cut(values, best[few], cuts.take(few), totals[few])
         is_done[few] = is_enough = is_whole | is_sure[few]
         if is_enough.any():
             yield few[is_enough], Candidates(found.values[is_enough], found.weights[is_enough])
     many = np.flatnonzero(~is_done)
     if many.size:
-        found, _ = _cut(_rows(logits, many), best[many], cuts.take(many), totals[many])
+        found, _ = _cut(take_rows(logits, many), best[many], cuts.take(many), totals[many])
         yield many, found
 
 
@@ -153,7 +154,7 @@ def _floors(logits: Floats, best: Floats, cuts: Cuts) -> tuple[Floats, Doubles, 
     nucleus = np.flatnonzero((cuts.top_p < 1) & (cuts.top_k == 0))
     if nucleus.size:
         own, temperature = best[nucleus], cuts.temperature[nucleus]
-        totals[nucleus] = add_up(weigh(_rows(logits, nucleus), own, temperature))[:, -1]
+        totals[nucleus] = add_up(weigh(take_rows(logits, nucleus), own, temperature))[:, -1]
         share = _NUCLEUS_SHARE * (1 - cuts.top_p[nucleus])
         # The best token is always looked at, also where no token has that much.
         usual = own + temperature * np.log(np.minimum(share * totals[nucleus], 1))
@@ -161,7 +162,7 @@ def _floors(logits: Floats, best: Floats, cuts: Cuts) -> tuple[Floats, Doubles, 
         floors[nucleus] = np.maximum(floors[nucleus], usual)
     counted = np.flatnonzero(cuts.top_k)
     if counted.size:
-        floors[counted] = top_k_floors(_rows(logits, counted), cuts.top_k[counted])
+        floors[counted] = top_k_floors(take_rows(logits, counted), cuts.top_k[counted])
     return floors.astype(np.float32), totals, is_sure
 
 
@@ -190,8 +191,3 @@ def _cut(
         # The best token weighs 1, whatever else was ruled out.
         weights[weights < cuts.min_p[:, None]] = 0
     return Candidates(falling, weights), is_whole
-
-
-def _rows(logits: Floats, rows: Integers) -> Floats:
-    """Return some rows, without a copy where they are all."""
-    return logits if rows.size == len(logits) else logits[rows]

@@ -10,6 +10,8 @@ blocks are added up one after the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +23,11 @@ Weights = Floats | Doubles
 # Wide enough to leave few blocks, narrow enough to leave few tokens to look at in one.
 BLOCK = 128
 NOTHING = float("-inf")
+
+
+def take_rows(logits: Floats, rows: Integers | Sequence[int]) -> Floats:
+    """Return some rows in their order, without a copy where they are all."""
+    return logits if len(rows) == len(logits) else logits[rows]
 
 
 def in_blocks(logits: Floats) -> Floats:

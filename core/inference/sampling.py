@@ -26,7 +26,7 @@ from core.inference.engine import SamplingParams
 from core.inference.generation import TokenChoice
 from core.inference.grammar import Matcher
 from core.inference.log_probabilities import describe
-from core.inference.ranking import Floats, in_blocks
+from core.inference.ranking import Floats, in_blocks, take_rows
 from core.inference.shaping import Shaping, shape_logits
 
 # Dividing by less leaves nothing but the best token, and in float32 perhaps not even that.
@@ -127,7 +127,7 @@ def choose_tokens(
         except TunesmithError as error:
             chosen[row] = error
     if others:
-        found = _choose([samplers[row] for row in others], raw[others], allowed)
+        found = _choose([samplers[row] for row in others], take_rows(raw, others), allowed)
         chosen.update(zip(others, found, strict=True))
     return [chosen[row] for row in range(len(samplers))]
 
@@ -146,7 +146,7 @@ def _choose(
     ]
     if drawing:
         ids[drawing] = draw_tokens(
-            logits if len(drawing) == len(logits) else logits[drawing],
+            take_rows(logits, drawing),
             Cuts.of([samplers[row].sampling for row in drawing], raw.shape[1]),
             np.array([samplers[row].uniform() for row in drawing]),
         )
@@ -171,7 +171,7 @@ def _add_logprobs(
     ]
     if asked:
         described = describe(
-            raw[[row for row, _, _ in asked]],
+            take_rows(raw, [row for row, _, _ in asked]),
             [choice.token_id for _, choice, _ in asked],
             [most for _, _, most in asked],
         )

@@ -74,20 +74,13 @@ class NativeDecoder:
         shape: Sizes of the layers.
         precision: How base weights, adapters and cache are kept.
         threads: That compute together.
-        vector_bits: 256 or, where the processor has them, 512; by default its widest. The results
-            are the same.
     """
 
     # A result is one sum in one order, however many rows there are.
     rows_are_independent = True
 
     def __init__(
-        self,
-        decoder: Decoder,
-        shape: LayerShape,
-        precision: Precision,
-        threads: int,
-        vector_bits: int | None = None,
+        self, decoder: Decoder, shape: LayerShape, precision: Precision, threads: int
     ) -> None:
         library = load_kernel()
         assert library is not None
@@ -117,7 +110,7 @@ class NativeDecoder:
             layer=ctypes.addressof(self._layers),
             head=head.matrix,
         )
-        bits = vector_bits or library.tunesmith_vector_bits()
+        bits = library.tunesmith_vector_bits()
         self._handle = library.tunesmith_open(ctypes.addressof(model), threads, bits)
         if self._handle is None:
             raise MemoryError("no memory for the decoder")

@@ -60,44 +60,18 @@ typedef struct {
 
 typedef void (*Tile)(const TileWork *);
 
-/* The sums of some rows and neighbouring panels, which stay in registers throughout. */
-INLINE void add_up(const int rows, const int panels, const int half, const TileWork *t) {
-    __m256 sum[TILE_ROWS][2 * WIDEST];
-    const void *data = t->data;
-    const size_t panel_size = t->panel_size;
-    const char *ahead = t->ahead;
-    const float *x[TILE_ROWS];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        x[r] = t->x[r];
-#pragma GCC unroll 6
-        for (int j = 0; j < 2 * panels; j++)
-            sum[r][j] = _mm256_setzero_ps();
-    }
-    for (int k = 0, inputs = t->inputs; k < inputs; k++, ahead += t->ahead_each) {
-        __m256 w[2 * WIDEST];
-#pragma GCC unroll 3
-        for (int j = 0; j < panels; j++)
-            _mm_prefetch(ahead + j * t->ahead_stride, _MM_HINT_T1);
-#pragma GCC unroll 6
-        for (int j = 0; j < 2 * panels; j++)
-            w[j] = load8(data, (j / 2) * panel_size + (size_t)k * PANEL + 8 * (j % 2), half);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            __m256 value = _mm256_broadcast_ss(x[r] + k);
-#pragma GCC unroll 6
-            for (int j = 0; j < 2 * panels; j++)
-                sum[r][j] = _mm256_fmadd_ps(value, w[j], sum[r][j]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 6
-        for (int j = 0; j < 2 * panels; j++)
-            _mm256_storeu_ps(t->sums[r] + 8 * j, sum[r][j]);
-}
+/* `add_up`, in registers of eight numbers. */
+#define VECTOR __m256
+#define LANES 8
+#define TARGET
+#define NAMED(name) name
+#define ZERO _mm256_setzero_ps
+#define LOAD load8
+#define BROADCAST _mm256_broadcast_ss
+#define FMADD _mm256_fmadd_ps
+#define STORE _mm256_storeu_ps
+#include "tile.h"
 
-/* The same in registers of twice the width, of which there are twice as many. */
 #define AVX512 __attribute__((target("avx512f")))
 
 AVX512 INLINE __m512 load16(const void *data, size_t index, int half) {
@@ -106,41 +80,19 @@ AVX512 INLINE __m512 load16(const void *data, size_t index, int half) {
                 : _mm512_loadu_ps((const float *)data + index);
 }
 
-AVX512 INLINE void add_up_512(const int rows, const int panels, const int half, const TileWork *t) {
-    __m512 sum[TILE_ROWS][WIDEST];
-    const void *data = t->data;
-    const size_t panel_size = t->panel_size;
-    const char *ahead = t->ahead;
-    const float *x[TILE_ROWS];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        x[r] = t->x[r];
-#pragma GCC unroll 3
-        for (int j = 0; j < panels; j++)
-            sum[r][j] = _mm512_setzero_ps();
-    }
-    for (int k = 0, inputs = t->inputs; k < inputs; k++, ahead += t->ahead_each) {
-        __m512 w[WIDEST];
-#pragma GCC unroll 3
-        for (int j = 0; j < panels; j++)
-            _mm_prefetch(ahead + j * t->ahead_stride, _MM_HINT_T1);
-#pragma GCC unroll 3
-        for (int j = 0; j < panels; j++)
-            w[j] = load16(data, j * panel_size + (size_t)k * PANEL, half);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            __m512 value = _mm512_set1_ps(x[r][k]);
-#pragma GCC unroll 3
-            for (int j = 0; j < panels; j++)
-                sum[r][j] = _mm512_fmadd_ps(value, w[j], sum[r][j]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 3
-        for (int j = 0; j < panels; j++)
-            _mm512_storeu_ps(t->sums[r] + PANEL * j, sum[r][j]);
-}
+AVX512 INLINE __m512 broadcast16(const float *number) { return _mm512_set1_ps(*number); }
+
+/* `add_up_512`, in registers of twice the width, of which there are twice as many. */
+#define VECTOR __m512
+#define LANES 16
+#define TARGET AVX512
+#define NAMED(name) name##_512
+#define ZERO _mm512_setzero_ps
+#define LOAD load16
+#define BROADCAST broadcast16
+#define FMADD _mm512_fmadd_ps
+#define STORE _mm512_storeu_ps
+#include "tile.h"
 
 /* One function for each shape that fits into the registers. */
 #define TILE(rows, panels, half)                                                                  \

@@ -69,7 +69,10 @@ typedef struct {
     float *norms, *scores;                       /* the member's own */
 } Work;
 
-enum { PHASES_OF_LAYER = 11, OTHER_PHASES = 3, MOST_GROUPS = 64, MOST_PARTS = 3 };
+enum { MOST_GROUPS = 64, MOST_PARTS = 3 };
+
+/* How often `end_of` is called at most: in `compute_layer`, and in all that is around the layers. */
+enum { PHASES_OF_LAYER = 11, OTHER_PHASES = 3 };
 
 /* What a product reads and writes: a row for each token. */
 typedef struct {
