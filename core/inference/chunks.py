@@ -52,33 +52,47 @@ def next_pass(
 ) -> list[list[Chunk]]:
     """Return the chunks that are due, those of each base model by themselves.
 
-    Prompts take turns, as far as the pace allows; one that begins like another one that is read in
-    this pass waits for what that leaves in the prefix store.
+    Prompts take turns, as far as the pace allows. Of those that go on in the same way only the one
+    that is furthest is read; the others wait for what it leaves in the prefix store.
     """
     chunks: dict[int, list[Chunk]] = {}
     for work in scheduler.decoding:
         own = chunks.setdefault(id(work.base), [])
         own += [Chunk(work, line.row, (line.last_token,), line) for line in work.live_lines()]
     tokens_left = pace.tokens(others_wait=bool(chunks))
-    coming: set[bytes] = set()
-    for work in list(scheduler.prefilling):
+    for work in _read_next(scheduler, prefixes, fail):
         if tokens_left <= 0:
             break
-        if work.awaits(coming):
-            continue
-        try:
-            work.reuse(prefixes)
-        except Exception as error:
-            fail(work, deliberate(error))
-            continue
         piece = work.next_piece(tokens_left)
         tokens_left -= len(piece)
-        coming.update(work.blocks_within(len(piece)))
         chunks.setdefault(id(work.base), []).append(Chunk(work, work.prompt_row, piece, None))
         # To the back: whoever did not get a piece now is first in the next pass.
         scheduler.prefilling.remove(work)
         scheduler.prefilling.append(work)
     return list(chunks.values())
+
+
+def _read_next(
+    scheduler: Scheduler, prefixes: PrefixStore, fail: Callable[[Work, TunesmithError], None]
+) -> list[Work]:
+    """Take over what others have read, and return whose prompts are to be read, in their order."""
+    for work in list(scheduler.prefilling):
+        try:
+            work.reuse(prefixes)
+        except Exception as error:
+            fail(work, deliberate(error))
+    furthest: dict[bytes, Work] = {}
+    for work in scheduler.prefilling:
+        block = work.next_block
+        if block is not None:
+            leader = furthest.setdefault(block, work)
+            if work.prompt_row.length > leader.prompt_row.length:
+                furthest[block] = work
+    return [
+        work
+        for work in scheduler.prefilling
+        if (block := work.next_block) is None or furthest[block] is work
+    ]
 
 
 def compute(chunks: Sequence[Chunk]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union
 
@@ -202,15 +202,11 @@ class Work:
         end = len(row.prompt_ids) if whole else row.length + max_tokens
         return row.prompt_ids[row.length : end]
 
-    def blocks_within(self, tokens: int) -> list[bytes]:
-        """Return the keys of the blocks that the next so many tokens complete."""
-        length = self.prompt_row.length
-        return self._prefix_keys[length // BLOCK_TOKENS : (length + tokens) // BLOCK_TOKENS]
-
-    def awaits(self, coming: Collection[bytes]) -> bool:
-        """Tell whether the prompt's next block is among those that are being computed."""
+    @property
+    def next_block(self) -> bytes | None:
+        """The key of the block that the prompt's next token is in; `None` behind the last one."""
         index = self.prompt_row.length // BLOCK_TOKENS
-        return index < len(self._prefix_keys) and self._prefix_keys[index] in coming
+        return self._prefix_keys[index] if index < len(self._prefix_keys) else None
 
     def note_piece(self, prefixes: PrefixStore) -> list[Line]:
         """Share what was read; return the answers that get their first token now, if any.
