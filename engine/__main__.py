@@ -19,6 +19,7 @@ from core.inference.local_engine import LocalEngine
 from core.lifeline import exit_with_parent
 from core.logging import configure, get_logger
 from core.storage import ArtifactStore, open_store
+from engine.channels import Channels
 from engine.listening import open_listener
 from engine.server import create_app
 
@@ -79,14 +80,15 @@ def _serve(
         ),
         on_crash=on_crash,
     )
+    channels = Channels()
     config = uvicorn.Config(
-        create_app(engine, secret),
+        create_app(engine, secret, channels),
         log_config=None,
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=max(1, int(settings.grace_seconds / 2)),
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, channels)
 
     def stop_serving(signum: int, frame: object) -> None:
         server.should_exit = True
@@ -100,6 +102,19 @@ def _serve(
     finally:
         engine.stop()
     return 1 if crashed else 0
+
+
+class _Server(uvicorn.Server):
+    """Lets the requests that it has end before it stops, and then the connections for events."""
+
+    def __init__(self, config: uvicorn.Config, channels: Channels) -> None:
+        super().__init__(config)
+        self._channels = channels
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop; called once, in the event loop."""
+        self._channels.stop()
+        await super().shutdown(sockets)
 
 
 def _make_runner(settings: Settings) -> ModelRunner:

@@ -1,22 +1,26 @@
-"""The engine over HTTP: requests and errors as JSON, events as one JSON value per line.
+"""The engine over HTTP: requests and errors as JSON, events as lines of JSON.
 
 Owns the mapping between the Engine protocol and HTTP; `service/engine_client.py` is the other end.
 Knows no torch. Nothing is ever unpickled.
 
-    POST /generate          GenerateRequest → lines of EngineEvent
-    POST /adapters          LoadRequest → ResidentAdapter
-    DELETE /adapters/{d}    → {"freed_bytes": int}
-    DELETE /kept/{d}        → {"released": bool}
-    GET /status             → EngineStatus
+    GET /events/{name}                      → lines of [[number, EngineEvent], …]
+    POST /events/{name}/requests/{number}   GenerateRequest → {} when its last event was sent
+    POST /adapters                          LoadRequest → ResidentAdapter
+    DELETE /adapters/{d}                    → {"freed_bytes": int}
+    DELETE /kept/{d}                        → {"released": bool}
+    GET /status                             → EngineStatus
 
-An error before the first event has a status of its own and the body of `core.errors.to_wire`.
+A client opens one connection for events, under a name that nobody else knows, and says at each
+request to which it belongs and what number its events shall bear. Whoever breaks a request off
+cancels it. An error before the first event has a status of its own and the body of
+`core.errors.to_wire`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -41,11 +45,10 @@ from core.errors import (
 from core.inference.engine import (
     ENGINE_SECRET_HEADER,
     Engine,
-    EngineEvent,
-    EventStream,
     GenerateRequest,
     LoadRequest,
 )
+from engine.channels import Channels
 
 # The first match wins, so subclasses come before their parents.
 _STATUS_BY_KIND: tuple[tuple[type[TunesmithError], int], ...] = (
@@ -62,17 +65,24 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 
-def create_app(engine: Engine, secret: str | None) -> ASGIApp:
+def create_app(engine: Engine, secret: str | None, channels: Channels) -> ASGIApp:
     """Return the ASGI application of an engine.
 
     Args:
         engine: What answers.
         secret: Required of every request; `None` where the socket's permissions protect it.
+        channels: Where events leave.
     """
+
+    async def events(request: Request) -> Response:
+        return _ChannelResponse(channels, request.path_params["name"])
 
     async def generate(request: Request) -> Response:
         wanted = await _parse(request, GenerateRequest)
-        return _EventResponse(await _until_disconnect(request, engine.generate(wanted)))
+        channel = channels.find(request.path_params["name"])
+        number = request.path_params["number"]
+        await _until_disconnect(request, channel.carry(number, engine.generate(wanted)))
+        return JSONResponse({})
 
     async def load(request: Request) -> Response:
         wanted = await _parse(request, LoadRequest)
@@ -89,7 +99,8 @@ def create_app(engine: Engine, secret: str | None) -> ASGIApp:
 
     app = Starlette(
         routes=[
-            Route("/generate", generate, methods=["POST"]),
+            Route("/events/{name}", events, methods=["GET"]),
+            Route("/events/{name}/requests/{number:int}", generate, methods=["POST"]),
             Route("/adapters", load, methods=["POST"]),
             Route("/adapters/{digest}", unload, methods=["DELETE"]),
             Route("/kept/{digest}", release, methods=["DELETE"]),
@@ -126,27 +137,22 @@ class _SecretGuard:
         await self._app(scope, receive, send)
 
 
-class _EventResponse(StreamingResponse):
-    """Sends events as lines; however it ends, the engine's stream is closed."""
+class _ChannelResponse(StreamingResponse):
+    """A channel's lines; however it ends, the channel is closed."""
 
-    def __init__(self, events: EventStream) -> None:
-        super().__init__(_lines(events), media_type="application/x-ndjson")
-        self._events = events
+    def __init__(self, channels: Channels, name: str) -> None:
+        self._lines = channels.open(name)
+        super().__init__(self._lines, media_type="application/x-ndjson")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._events.aclose()
-
-
-async def _lines(events: AsyncIterator[EngineEvent]) -> AsyncIterator[bytes]:
-    async for event in events:
-        yield event.model_dump_json().encode() + b"\n"
+            await self._lines.aclose()
 
 
 async def _until_disconnect(request: Request, answer: Coroutine[Any, Any, T]) -> T:
-    """Await `answer`, but cancel it when the client goes away while it waits in the queue.
+    """Await `answer`, but cancel it when the client goes away.
 
     Raises:
         ClientDisconnect: The client went away.

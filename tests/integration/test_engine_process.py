@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from pathlib import Path
 
 import httpx2
 import pytest
 
 from core.errors import Unavailable
-from core.inference.engine import Engine, Failed
+from core.inference.engine import Done, Engine, Failed
 from tests.support.engine_contract import EngineContract
 from tests.support.engine_limits import MAX_ADAPTERS, MAX_WAITING
 from tests.support.engine_process import EngineProcess
@@ -57,26 +58,65 @@ class TestRemoteEngine(EngineContract):
             second.kill()
         assert harness.status() is not None
 
+    @pytest.mark.parametrize("left", ["the request", "the events"])
     def test_a_client_that_breaks_off_frees_the_engine(
-        self, harness: EngineProcess, world: World
+        self, harness: EngineProcess, world: World, left: str
     ) -> None:
         long = make_request(world.base, n=16, max_new_tokens=480, min_new_tokens=480)
-        transport = httpx2.HTTPTransport(uds=str(harness.settings.engine_socket))
-        with (
-            httpx2.Client(transport=transport, base_url="http://engine") as client,
-            client.stream("POST", "/generate", content=long.model_dump_json()) as response,
-        ):
-            next(response.iter_bytes())
+        transport = httpx2.AsyncHTTPTransport(uds=str(harness.settings.engine_socket))
+
+        async def ask_and_leave() -> None:
+            async with httpx2.AsyncClient(transport=transport, base_url="http://engine") as client:
+                async with client.stream("GET", "/events/mine") as events:
+                    asking = asyncio.create_task(
+                        client.post("/events/mine/requests/3", content=long.model_dump_json())
+                    )
+                    line = json.loads(await anext(events.aiter_lines()))
+                    assert (line[0][0], line[0][1]["type"]) == (3, "started")
+                    if left == "the request":
+                        asking.cancel()
+                with suppress(asyncio.CancelledError):
+                    assert (await asking).status_code == 499
+
+        asyncio.run(ask_and_leave())
         short = make_request(world.base, max_new_tokens=2)
         answer = harness.run(lambda engine: collect(engine, short))
         assert answer.done is not None
         # All rows were taken; 480 steps of 16 rows take longer than one.
         assert answer.done.timings.queue_ms < 500
 
+    def test_a_request_without_a_way_back_is_refused(
+        self, harness: EngineProcess, world: World
+    ) -> None:
+        transport = httpx2.HTTPTransport(uds=str(harness.settings.engine_socket))
+        request = make_request(world.base).model_dump_json()
+        with httpx2.Client(transport=transport, base_url="http://engine") as client:
+            refused = client.post("/events/nobody/requests/1", content=request)
+            assert refused.status_code == 503
+            assert refused.json()["code"] == "engine_unavailable"
+
+    def test_a_stop_lets_running_answers_end(self, world: World, tmp_path: Path) -> None:
+        process = EngineProcess(tmp_path / "data").wait_until_ready()
+        request = make_request(world.base, max_new_tokens=480, min_new_tokens=480)
+
+        async def scenario(engine: Engine) -> None:
+            async with aclosing(await engine.generate(request)) as stream:
+                await anext(stream)
+                process.process.terminate()
+                events = [event async for event in stream]
+            assert isinstance(events[-1], Done)
+            assert events[-1].completion_tokens == 480
+
+        try:
+            process.run(scenario)
+            assert process.process.wait(30) == 0
+        finally:
+            process.kill()
+
     def test_a_request_that_is_no_request_is_refused(self, harness: EngineProcess) -> None:
         transport = httpx2.HTTPTransport(uds=str(harness.settings.engine_socket))
         with httpx2.Client(transport=transport, base_url="http://engine") as client:
-            refused = client.post("/generate", json={"request_id": 1})
+            refused = client.post("/events/mine/requests/1", json={"request_id": 1})
             assert refused.status_code == 422
             assert refused.json()["code"] == "invalid_engine_request"
 

@@ -18,6 +18,7 @@ from core.config import Settings
 from core.db.session import Database
 from core.errors import Unavailable
 from core.inference.engine import BaseModelRef, Done, EngineStatus, GenerateRequest
+from engine.channels import Channels
 from engine.server import create_app
 from service.engine_client import RemoteEngine
 from service.engine_pool import EnginePool
@@ -39,7 +40,9 @@ class LoadingEngine(FakeEngine):
 @contextlib.contextmanager
 def engine_on_tcp(engine: FakeEngine) -> Iterator[str]:
     port = find_port("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(engine, SECRET), port=port, log_config=None, lifespan="off")
+    config = uvicorn.Config(
+        create_app(engine, SECRET, Channels()), port=port, log_config=None, lifespan="off"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

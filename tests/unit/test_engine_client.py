@@ -25,6 +25,9 @@ from core.inference.engine import (
 )
 from service.engine_client import RemoteEngine
 
+# After it nothing comes, but the connection stays.
+SILENCE = b"[]\n"
+
 Read = Callable[[list[bytes]], list[EngineEvent]]
 
 BASE = BaseModelRef(name="m", digest="0" * 64, path="/nowhere")
@@ -47,19 +50,29 @@ def read(tmp_path: Path) -> Read:
     """Return the function that has an engine send these pieces and returns what was understood."""
 
     async def main(chunks: list[bytes]) -> list[EngineEvent]:
-        async def answer(request: web.Request) -> web.StreamResponse:
+        asked = asyncio.Event()
+
+        async def send(request: web.Request) -> web.StreamResponse:
             response = web.StreamResponse()
             await response.prepare(request)
+            await asked.wait()
             for chunk in chunks:
                 await response.write(chunk)
+            if chunks[-1:] == [SILENCE]:
+                await asyncio.sleep(30)
             return response
 
+        async def answer(request: web.Request) -> web.Response:
+            asked.set()
+            return web.json_response({})
+
         sender = web.Application()
-        sender.router.add_post("/generate", answer)
-        runner = web.AppRunner(sender)
+        sender.router.add_get("/events/{name}", send)
+        sender.router.add_post("/events/{name}/requests/0", answer)
+        runner = web.AppRunner(sender, shutdown_timeout=0.1)
         await runner.setup()
         await web.UnixSite(runner, str(tmp_path / "engine.sock")).start()
-        engine = RemoteEngine(f"unix:{tmp_path}/engine.sock")
+        engine = RemoteEngine(f"unix:{tmp_path}/engine.sock", timeout_seconds=0.3)
         try:
             return [event async for event in await engine.generate(make_request())]
         finally:
@@ -69,8 +82,9 @@ def read(tmp_path: Path) -> Read:
     return lambda chunks: asyncio.run(main(chunks))
 
 
-def line(event: EngineEvent) -> bytes:
-    return event.model_dump_json().encode() + b"\n"
+def line(*events: EngineEvent, number: int = 0) -> bytes:
+    pairs = ", ".join(f"[{number}, {event.model_dump_json()}]" for event in events)
+    return f"[{pairs}]\n".encode()
 
 
 def test_no_character_of_a_text_ends_a_line(read: Read) -> None:
@@ -84,12 +98,28 @@ def test_a_line_may_come_in_any_pieces(read: Read) -> None:
     assert read(pieces) == read([sent]) == [Delta(text="Grüße 🚀"), Delta(text="x"), DONE]
 
 
-@pytest.mark.parametrize("broken", [[], [b'{"type": "del'], [b"<html>\n"]])
+@pytest.mark.parametrize(
+    "broken", [[], [b'[[0, {"type": "del'], [b"<html>\n"], [b"[[0, {}]]\n"], [SILENCE]]
+)
 def test_a_stream_that_breaks_off_ends_with_a_failure(read: Read, broken: list[bytes]) -> None:
     *events, last = read([line(Delta(text="a")), *broken])
     assert events == [Delta(text="a")]
     assert isinstance(last, Failed)
     assert (last.error["code"], last.error["kind"]) == ("engine_lost", "Unavailable")
+
+
+@pytest.mark.parametrize("broken", [[], [b"<html>\n"], [SILENCE]])
+def test_an_engine_that_is_lost_before_the_first_event_may_be_asked_elsewhere(
+    read: Read, broken: list[bytes]
+) -> None:
+    with pytest.raises(Unavailable) as gone:
+        read(broken)
+    assert gone.value.code == "engine_unavailable"
+
+
+def test_events_of_requests_that_are_no_more_are_passed_over(read: Read) -> None:
+    other = line(Delta(text="of another"), number=7)
+    assert read([other + line(Delta(text="a"), DONE)]) == [Delta(text="a"), DONE]
 
 
 def test_a_line_may_be_long(read: Read) -> None:
