@@ -100,7 +100,9 @@ class Arena:
     def take(self, size: int) -> Tensor:
         """Return so many bytes, (size,); a chunk is given back when all its bytes are forgotten."""
         if size > self._free.numel():
-            chunk = mmap.mmap(-1, max(size, self._chunk_bytes))
+            # Not shared, as is the default: shared memory has large pages on few systems.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            chunk = mmap.mmap(-1, max(size, self._chunk_bytes), flags=flags)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with suppress(OSError):
                     chunk.madvise(mmap.MADV_HUGEPAGE)

@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { PANEL = 16, WIDEST = 3, TILE_ROWS = 8, FEW_ROWS = 24, NEAREST = 4096 };
+enum { PANEL = 16, WIDEST = 3, TILE_ROWS = 8, FEW_ROWS = 24, NEAREST = 3072 };
 
 typedef struct Tiles Tiles;
 
@@ -180,8 +180,10 @@ INLINE int block_rows(int rows, int most) {
 
 /* Panels `first` to `last` of a product.
  *
- * Few rows wait for the weights, so the next panel is fetched while this one is computed, evenly
- * over its passes. Many rows wait for activations, so a block of rows takes several panels.
+ * Few rows wait for the weights, which are fetched while others are computed: a little ahead where
+ * they are needed once, else the next panel, evenly over the passes of this one. They are marked as
+ * needed no more afterwards, so that they leave in the caches what is. Many rows wait for
+ * activations, so a block of rows takes several panels.
  */
 static void multiply(const Product *p, int first, int last) {
     const Matrix *m = p->matrix;
@@ -205,9 +207,9 @@ static void multiply(const Product *p, int first, int last) {
                 TileWork work = {.data = data, .panel_size = panel_size, .inputs = m->in, .x = x,
                                  .sums = sums, .ahead_stride = panel_bytes,
                                  .ahead_each = ahead_each};
-                size_t distance = step * panel_bytes;
-                work.ahead = data + (distance > NEAREST ? distance : NEAREST) +
-                             (size_t)(begin / rows_each) * ahead_each * m->in;
+                size_t distance = passes > 1 && step * panel_bytes > NEAREST
+                                      ? step * panel_bytes : NEAREST;
+                work.ahead = data + distance + (size_t)(begin / rows_each) * ahead_each * m->in;
                 (step > 1 ? tiles->wide : tiles->narrow)[m->half][rows](&work);
                 for (int i = 0; i < rows; i++)
                     store(p, begin + i, panel * PANEL, sums[i], step * PANEL);

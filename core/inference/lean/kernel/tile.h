@@ -23,7 +23,7 @@ TARGET INLINE void NAMED(add_up)(const int rows, const int panels, const int hal
         VECTOR w[EACH * WIDEST];
 #pragma GCC unroll 3
         for (int j = 0; j < panels; j++)
-            _mm_prefetch(ahead + j * t->ahead_stride, _MM_HINT_T1);
+            _mm_prefetch(ahead + j * t->ahead_stride, _MM_HINT_NTA);
 #pragma GCC unroll 6
         for (int j = 0; j < EACH * panels; j++)
             w[j] = LOAD(data, j / EACH * panel_size + (size_t)k * PANEL + LANES * (j % EACH), half);
