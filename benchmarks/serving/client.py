@@ -1,6 +1,6 @@
 """Asking a server for streamed answers, and when each token came.
 
-One event loop and plain sockets: a heavier client would take the cores from the server that it
+One event loop and bare connections: a heavier client would take the cores from the server that it
 measures. Every server is asked in its own dialect, and counted in the same way.
 """
 
@@ -17,8 +17,6 @@ from urllib.parse import urlsplit
 import uvloop
 
 from benchmarks.serving.prompts import Prompt
-
-_READ_LIMIT = 2**22
 
 
 @dataclass(frozen=True)
@@ -114,22 +112,19 @@ class HttpSide:
         path, body = self._dialect.request(ask)
         content = json.dumps(body).encode()
         sent = time.monotonic()
-        reader, writer = await asyncio.open_connection(
-            self._address.hostname, self._address.port, limit=_READ_LIMIT
+        transport, arrivals = await asyncio.get_running_loop().create_connection(
+            _Arrivals, self._address.hostname, self._address.port
         )
         try:
-            writer.write(
+            transport.write(
                 f"POST {path} HTTP/1.1\r\nHost: {self._address.netloc}\r\nConnection: close\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode()
                 + content
             )
-            # What was read is looked at when nobody is measured any more.
-            pieces = []
-            while piece := await reader.read(_READ_LIMIT):
-                pieces.append((piece, time.monotonic()))
+            await arrivals.ended
         finally:
-            writer.close()
-        return self._read(_split(pieces), sent, ask)
+            transport.close()
+        return self._read(_split(arrivals.pieces), sent, ask)
 
     def _read(self, lines: list[tuple[bytes, float]], sent: float, ask: Ask) -> Answer:
         if not lines or b" 200 " not in lines[0][0]:
@@ -150,6 +145,30 @@ class HttpSide:
         if counts[1] != ask.new_tokens or counts[0] != len(ask.prompt.token_ids):
             raise RuntimeError(f"{self.name}: {counts} tokens of prompt and answer")
         return Answer(sent, times, tokens=counts[1], prompt_tokens=counts[0])
+
+
+class _Arrivals(asyncio.Protocol):
+    """Notes what comes on a connection and when; it is read when nobody is measured any more.
+
+    Attributes:
+        pieces: What came, and at which time of `time.monotonic`.
+        ended: The server has closed the connection.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[bytes, float]] = []
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((data, time.monotonic()))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if exc is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(exc)
 
 
 def _split(pieces: Sequence[tuple[bytes, float]]) -> list[tuple[bytes, float]]:
