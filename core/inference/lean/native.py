@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.inference.lean.adapters import LayerSizes, PlacedAdapter
@@ -29,6 +30,10 @@ from core.inference.lean.weights import shape_of
 # As in the C sources.
 _VECTOR = 8
 _MAX_GROUPS = 64
+# For how many more positions rotations are computed at a time.
+_ROTATIONS = 4096
+
+Floats = NDArray[np.float32]
 
 
 class _Layer(Structure):
@@ -91,6 +96,8 @@ class NativeDecoder:
         self.weights = decoder
         self._frequencies = decoder.frequencies.numpy()
         self._rotary_scale = decoder.rotary_scale
+        self._cosines: Floats = np.empty((0, shape.head_dim // 2), np.float32)
+        self._sines = self._cosines
         layers: list[Any] = list(decoder.layers)
         self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
         head: Any = decoder.head
@@ -132,6 +139,16 @@ class NativeDecoder:
     def forget(self, digest: str) -> None:
         """Note that an adapter is resident no longer."""
 
+    def _rotations(self, positions: int) -> tuple[Floats, Floats]:
+        """Return the cosines and sines of so many positions or more, (positions, head_dim / 2)."""
+        if len(self._cosines) < positions:
+            # All at once is cheaper than those of each pass by themselves, and they are few.
+            count = -(-positions // _ROTATIONS) * _ROTATIONS
+            angles = np.outer(np.arange(count, dtype=np.float32), self._frequencies)
+            scale = np.float32(self._rotary_scale)
+            self._cosines, self._sines = np.cos(angles) * scale, np.sin(angles) * scale
+        return self._cosines, self._sines
+
     def compute(
         self, pieces: Sequence[Piece], cache: PagedCache, *, every_token: bool = False
     ) -> Tensor:
@@ -146,10 +163,7 @@ class NativeDecoder:
         starts = np.array([piece.start for piece in pieces]) - (ends - counts)
         positions = np.arange(tokens, dtype=np.int64) + np.repeat(starts, counts)
         keep = (np.arange(tokens) if every_token else ends - 1).astype(np.int32)
-        # Not by torch, which lets other threads of Python in between: those that hand out the
-        # tokens of the pass before would delay this one.
-        angles = np.outer(positions.astype(np.float32), self._frequencies)
-        cosines, sines = (turn(angles) * self._rotary_scale for turn in (np.cos, np.sin))
+        cosines, sines = self._rotations(int(positions.max()) + 1)
         groups, members = _group(pieces, ends, counts)
         if len(groups) > _MAX_GROUPS:
             raise ValueError(f"{len(groups)} adapters are more than a pass can use")

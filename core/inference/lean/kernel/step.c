@@ -44,7 +44,7 @@ typedef struct {
     const int32_t *ids;
     void *const *const *pages; /* of each token's row */
     const int64_t *positions;
-    const float *cosines, *sines; /* (tokens, head_dim / 2) */
+    const float *cosines, *sines; /* of the angles at each position, (positions, head_dim / 2) */
     const Group *group;
     const int32_t *keep; /* tokens whose logits are wanted */
     float *logits; /* (kept, vocabulary) */
@@ -178,8 +178,8 @@ static void compute_layer(Work *w, int index) {
     int done = 0;
     for (int t; (t = next_of(w)) < pass->tokens; done++)
         remember(&attention, w->qkv + (size_t)t * qkv_width, pass->pages[t], pass->positions[t],
-                 pass->cosines + (size_t)t * half, pass->sines + (size_t)t * half, layer->q_norm,
-                 layer->k_norm);
+                 pass->cosines + pass->positions[t] * half, pass->sines + pass->positions[t] * half,
+                 layer->q_norm, layer->k_norm);
     end_of(w, done, pass->tokens);
     const int heads = pass->tokens * m->kv_heads;
     done = 0;
@@ -264,7 +264,7 @@ static void compute(Team *team, int member, void *given) {
 }
 
 /* Changes with every structure above. */
-int tunesmith_version(void) { return 4; }
+int tunesmith_version(void) { return 5; }
 
 /* Whether this processor has what the code was compiled for. */
 int tunesmith_supported(void) {
