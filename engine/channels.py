@@ -7,16 +7,25 @@ and client wake up once for a pass and not once for each answer.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Protocol
 
 from pydantic import TypeAdapter
 from starlette.requests import ClientDisconnect
 
 from core.errors import Unavailable
-from core.inference.engine import EngineEvent, EventStream
+from core.inference.engine import Engine, EngineEvent, GenerateRequest
 
 _LINE: TypeAdapter[list[tuple[int, EngineEvent]]] = TypeAdapter(list[tuple[int, EngineEvent]])
+
+
+class ForwardingEngine(Engine, Protocol):
+    """An engine that hands events on where they come, see `LocalEngine.forward`."""
+
+    async def forward(self, request: GenerateRequest, put: Callable[[EngineEvent], None]) -> None:
+        """Answer a request, and return when it has ended."""
+        ...
 
 
 class Channel:
@@ -29,25 +38,28 @@ class Channel:
         self._stopping = False
         self._closed = False
 
-    async def carry(self, number: int, starting: Awaitable[EventStream]) -> None:
-        """Send the events of a request until it has ended; cancelling this cancels the request.
+    async def carry(self, number: int, engine: ForwardingEngine, request: GenerateRequest) -> None:
+        """Answer a request and send its events; cancelling this cancels the request.
 
         Args:
             number: What the client calls it.
-            starting: Returns the events.
+            engine: What answers.
+            request: The request.
 
         Raises:
             TunesmithError: It is refused before its first event, see `Engine.generate`.
             ClientDisconnect: The client takes no more events.
         """
+
+        def put(event: EngineEvent) -> None:
+            if self._closed:
+                raise ClientDisconnect
+            self._pending.append((number, event))
+            self._changed.set()
+
         self._requests += 1
         try:
-            async with aclosing(await starting) as events:
-                async for event in events:
-                    if self._closed:
-                        raise ClientDisconnect
-                    self._pending.append((number, event))
-                    self._changed.set()
+            await engine.forward(request, put)
         finally:
             self._requests -= 1
             self._changed.set()

@@ -44,11 +44,10 @@ from core.errors import (
 )
 from core.inference.engine import (
     ENGINE_SECRET_HEADER,
-    Engine,
     GenerateRequest,
     LoadRequest,
 )
-from engine.channels import Channels
+from engine.channels import Channels, ForwardingEngine
 
 # The first match wins, so subclasses come before their parents.
 _STATUS_BY_KIND: tuple[tuple[type[TunesmithError], int], ...] = (
@@ -65,7 +64,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 
-def create_app(engine: Engine, secret: str | None, channels: Channels) -> ASGIApp:
+def create_app(engine: ForwardingEngine, secret: str | None, channels: Channels) -> ASGIApp:
     """Return the ASGI application of an engine.
 
     Args:
@@ -81,7 +80,7 @@ def create_app(engine: Engine, secret: str | None, channels: Channels) -> ASGIAp
         wanted = await _parse(request, GenerateRequest)
         channel = channels.find(request.path_params["name"])
         number = request.path_params["number"]
-        await _until_disconnect(request, channel.carry(number, engine.generate(wanted)))
+        await _until_disconnect(request, channel.carry(number, engine, wanted))
         return JSONResponse({})
 
     async def load(request: Request) -> Response:

@@ -6,7 +6,7 @@ No database session is open once the engine works.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -27,7 +27,6 @@ from core.inference.engine import (
     GenerateRequest,
     Started,
     Timings,
-    TokenLogprob,
 )
 from core.inference.engine import (
     EventStream as EngineEvents,
@@ -138,12 +137,10 @@ class Tally:
     with_logprobs: bool
     started: Started | None = None
     done: Done | None = None
-    texts: dict[int, str] = field(default_factory=dict)
-    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
 
     def add(self, event: EngineEvent) -> None:
-        """Take one event in.
+        """Take one event in; text is not kept.
 
         Raises:
             TunesmithError: The event says that the request failed.
@@ -156,9 +153,6 @@ class Tally:
                     raise RuntimeError("the engine answers with weights that were not asked for")
                 self.started = event
                 metrics.count_prompt_tokens(event.prompt_tokens)
-            case Delta():
-                self.texts[event.index] = self.texts.get(event.index, "") + event.text
-                self.logprobs.setdefault(event.index, []).extend(event.logprobs)
             case Finished():
                 self.finish_reasons[event.index] = event.finish_reason
                 metrics.count_generated_tokens(event.completion_tokens)
@@ -182,15 +176,10 @@ class Tally:
             finish_reasons=reasons,
         )
 
-    def answer(self) -> GenerateAnswer:
-        """Return the whole answer."""
+    def answer(self, deltas: Sequence[Delta]) -> GenerateAnswer:
+        """Return the whole answer, of which all text is given."""
         choices = [
-            Choice(
-                index=index,
-                text=self.texts.get(index, ""),
-                finish_reason=self.finish_reasons[index],
-                logprobs=self.logprobs.get(index, []) if self.with_logprobs else None,
-            )
+            self._choice(index, [delta for delta in deltas if delta.index == index])
             for index in sorted(self.finish_reasons)
         ]
         started, usage, timings = self._ending()
@@ -204,6 +193,15 @@ class Tally:
             text=choices[0].text,
             finish_reason=choices[0].finish_reason,
             choices=choices,
+        )
+
+    def _choice(self, index: int, deltas: Sequence[Delta]) -> Choice:
+        logprobs = [one for delta in deltas for one in delta.logprobs]
+        return Choice(
+            index=index,
+            text="".join(delta.text for delta in deltas),
+            finish_reason=self.finish_reasons[index],
+            logprobs=logprobs if self.with_logprobs else None,
         )
 
     def _base_model(self) -> BaseModelName:
@@ -231,10 +229,13 @@ async def start(services: Services, request: GenerateRequest) -> EngineEvents:
 
 async def complete(services: Services, request: GenerateRequest, tally: Tally) -> GenerateAnswer:
     """Return the whole answer; cancelling this cancels the request in the engine."""
+    deltas = []
     async with aclosing(await start(services, request)) as events:
         async for event in events:
             tally.add(event)
-    return tally.answer()
+            if isinstance(event, Delta):
+                deltas.append(event)
+    return tally.answer(deltas)
 
 
 async def stream(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -90,6 +90,21 @@ class LocalEngine:
         await stream.open(Work(request.base_model, request.adapter, request, stream.deliver))
         return stream
 
+    async def forward(self, request: GenerateRequest, put: Callable[[EngineEvent], None]) -> None:
+        """Answer a request, and return when it has ended; cancelling this cancels it.
+
+        Args:
+            request: The request.
+            put: Takes each event, in the event loop; all those of a pass without a pause. What it
+                raises ends the request.
+
+        Raises:
+            TunesmithError: It is refused before its first event, see `Engine.generate`.
+        """
+        forwarder = _Forwarder(self._thread, self._outbox, put)
+        self._check_ready()
+        await forwarder.run(Work(request.base_model, request.adapter, request, forwarder.deliver))
+
     async def load(
         self, base_model: BaseModelRef, adapter: AdapterRef, *, keep: bool = False
     ) -> ResidentAdapter:
@@ -145,75 +160,60 @@ class _Outbox:
     """Outcomes on their way out of the engine thread, one journey for all of a pass."""
 
     def __init__(self) -> None:
-        self._outcomes: dict[_Stream, list[Outcome]] = {}
+        self._outcomes: dict[_Receiver, list[Outcome]] = {}
 
-    def put(self, stream: _Stream, outcome: Outcome) -> None:
+    def put(self, receiver: _Receiver, outcome: Outcome) -> None:
         """Take an outcome; called in the engine thread."""
-        self._outcomes.setdefault(stream, []).append(outcome)
+        self._outcomes.setdefault(receiver, []).append(outcome)
 
     def send(self) -> None:
         """Hand everything to the event loops; called in the engine thread."""
         outcomes, self._outcomes = self._outcomes, {}
-        by_loop: dict[asyncio.AbstractEventLoop, dict[_Stream, list[Outcome]]] = {}
-        for stream, own in outcomes.items():
-            by_loop.setdefault(stream.loop, {})[stream] = own
-        for loop, streams in by_loop.items():
+        by_loop: dict[asyncio.AbstractEventLoop, dict[_Receiver, list[Outcome]]] = {}
+        for receiver, own in outcomes.items():
+            by_loop.setdefault(receiver.loop, {})[receiver] = own
+        for loop, receivers in by_loop.items():
             try:
                 # Waking a loop costs more than handing it a few more outcomes.
-                loop.call_soon_threadsafe(_take_all, streams)
+                loop.call_soon_threadsafe(_take_all, receivers)
             except RuntimeError:
                 # The loop is closed: nobody listens any more.
-                for stream in streams:
-                    stream.abandon()
+                for receiver in receivers:
+                    receiver.abandon()
 
 
-def _take_all(streams: dict[_Stream, list[Outcome]]) -> None:
-    for stream, outcomes in streams.items():
-        stream.take(outcomes)
+def _take_all(receivers: dict[_Receiver, list[Outcome]]) -> None:
+    for receiver, outcomes in receivers.items():
+        receiver.take(outcomes)
 
 
-class _Stream:
-    """The events of one request, from the engine thread to one event loop."""
+class _Receiver:
+    """Where the outcomes of one request come from the engine thread to one event loop."""
 
     def __init__(self, thread: EngineThread, outbox: _Outbox) -> None:
         self._thread = thread
         self._outbox = outbox
         self.loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Outcome] = asyncio.Queue()
-        # Until it has ended. The work refers to the stream, and two that hold each other would
+        # Until it has ended. The work refers to the receiver, and two that hold each other would
         # stay, with all the text between them, until a collection finds them.
         self._work: Work | None = None
-        self._first: Outcome | None = None
 
-    async def open(self, work: Work) -> Outcome:
-        """Have the engine take a request; return the first outcome.
-
-        Args:
-            work: The request, which delivers to this stream.
+    async def submit(self, work: Work) -> None:
+        """Have the engine take a request, which delivers to this receiver.
 
         Raises:
-            TunesmithError: The engine refuses it, or its first outcome is an error.
+            TunesmithError: The engine refuses it.
         """
         self._work = work
-        try:
-            await asyncio.wrap_future(self._thread.call(lambda: self._thread.submit(work)))
-            first = await self._next()
-        except BaseException:
-            self.cancel()
-            raise
-        if isinstance(first, TunesmithError):
-            raise first
-        self._first = first
-        return first
+        await asyncio.wrap_future(self._thread.call(lambda: self._thread.submit(work)))
 
     def deliver(self, outcome: Outcome) -> None:
         """Take an outcome; called in the engine thread."""
         self._outbox.put(self, outcome)
 
-    def take(self, outcomes: Iterable[Outcome]) -> None:
-        """Have outcomes ready for whoever reads; called in the event loop."""
-        for outcome in outcomes:
-            self._queue.put_nowait(outcome)
+    def take(self, outcomes: Sequence[Outcome]) -> None:
+        """Take the outcomes of a pass; called in the event loop."""
+        raise NotImplementedError
 
     def abandon(self) -> None:
         """Note that nobody reads any more; called in the engine thread."""
@@ -225,6 +225,44 @@ class _Stream:
         work, self._work = self._work, None
         if work is not None:
             self._thread.call(lambda: self._thread.cancel(work))
+
+    def note_end(self, outcome: Outcome) -> bool:
+        """Tell whether an outcome is the request's last one, and let go of the request then."""
+        ends = isinstance(outcome, Done | Failed | ResidentAdapter | TunesmithError)
+        if ends:
+            self._work = None
+        return ends
+
+
+class _Stream(_Receiver):
+    """The events of one request for whoever asks for the next one."""
+
+    def __init__(self, thread: EngineThread, outbox: _Outbox) -> None:
+        super().__init__(thread, outbox)
+        self._queue: asyncio.Queue[Outcome] = asyncio.Queue()
+        self._first: Outcome | None = None
+
+    async def open(self, work: Work) -> Outcome:
+        """Have the engine take a request; return the first outcome.
+
+        Raises:
+            TunesmithError: The engine refuses it, or its first outcome is an error.
+        """
+        try:
+            await self.submit(work)
+            first = await self._next()
+        except BaseException:
+            self.cancel()
+            raise
+        if isinstance(first, TunesmithError):
+            raise first
+        self._first = first
+        return first
+
+    def take(self, outcomes: Sequence[Outcome]) -> None:
+        """Have outcomes ready for whoever reads."""
+        for outcome in outcomes:
+            self._queue.put_nowait(outcome)
 
     async def aclose(self) -> None:
         """Cancel the request unless it has ended."""
@@ -249,6 +287,47 @@ class _Stream:
 
     async def _next(self) -> Outcome:
         outcome = await self._queue.get()
-        if isinstance(outcome, Done | Failed | ResidentAdapter | TunesmithError):
-            self._work = None
+        self.note_end(outcome)
         return outcome
+
+
+class _Forwarder(_Receiver):
+    """Hands the events of one request on as they come, without waking anybody in between."""
+
+    def __init__(
+        self, thread: EngineThread, outbox: _Outbox, put: Callable[[EngineEvent], None]
+    ) -> None:
+        super().__init__(thread, outbox)
+        self._put = put
+        self._ended: asyncio.Future[None] = self.loop.create_future()
+
+    async def run(self, work: Work) -> None:
+        """Return when the request has ended; cancelling this cancels it.
+
+        Raises:
+            TunesmithError: The engine refuses it, or its first outcome is an error.
+        """
+        try:
+            await self.submit(work)
+            await self._ended
+        finally:
+            self.cancel()
+
+    def take(self, outcomes: Sequence[Outcome]) -> None:
+        """Hand events on, and note the end."""
+        for outcome in outcomes:
+            if self._ended.done():
+                return
+            if isinstance(outcome, TunesmithError):
+                self._ended.set_exception(outcome)
+            else:
+                assert not isinstance(outcome, ResidentAdapter)
+                self._hand_on(outcome)
+            if self.note_end(outcome) and not self._ended.done():
+                self._ended.set_result(None)
+
+    def _hand_on(self, event: EngineEvent) -> None:
+        try:
+            self._put(event)
+        except Exception as error:
+            self._ended.set_exception(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from core.errors import Conflict, InvalidInput, TunesmithError, to_wire
 from core.inference.engine import (
@@ -70,6 +71,12 @@ class FakeEngine:
         if request.adapter is not None:
             await self.load(request.base_model, request.adapter)
         return self._events(request, text, prompt_tokens)
+
+    async def forward(self, request: GenerateRequest, put: Callable[[EngineEvent], None]) -> None:
+        """Answer a request; see `core.inference.local_engine.LocalEngine.forward`."""
+        async with aclosing(await self.generate(request)) as events:
+            async for event in events:
+                put(event)
 
     async def load(
         self, base_model: BaseModelRef, adapter: AdapterRef, *, keep: bool = False
