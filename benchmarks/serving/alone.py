@@ -1,14 +1,20 @@
-"""How much of the decoder's own speed is left over HTTP; see `benchmarks.decoder_run`."""
+"""How much is left over HTTP of the engine's own speed, and of its decoder's.
+
+The engine alone chooses tokens and makes text of them, for whoever is in its process; see
+`benchmarks.engine_run`. The decoder alone computes logits and takes the best; see
+`benchmarks.decoder_run`.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
 from benchmarks.decoder_process import decoder_process
+from benchmarks.engine_process import engine_process
 from benchmarks.report import Measurement
 from benchmarks.serving.bench import Bench
 from benchmarks.serving.client import decode_rate
-from benchmarks.serving.works import NEW_TOKENS, make_asks
+from benchmarks.serving.works import NEW_TOKENS, Samples, make_asks
 
 _WORKS: Final[dict[str, list[int | None]]] = {
     "1 row, an adapter": [0],
@@ -18,22 +24,28 @@ _WORKS: Final[dict[str, list[int | None]]] = {
 
 
 def measure(bench: Bench) -> list[Measurement]:
-    """Measure both by turns."""
-    rates: dict[str, tuple[list[float], list[float]]] = {work: ([], []) for work in _WORKS}
-    with bench.ours(8) as ours, decoder_process(bench.model_dir, bench.adapters(8)) as decoder:
+    """Measure all three by turns."""
+    samples = Samples()
+    adapter_dirs = bench.adapters(8)
+    with (
+        bench.ours(8) as ours,
+        engine_process(bench.model_dir, adapter_dirs) as engine,
+        decoder_process(bench.model_dir, adapter_dirs) as decoder,
+    ):
+        # The first round is for warming up.
         for number in range(bench.rounds + 1):
             for work, adapters in _WORKS.items():
-                asks = make_asks(bench.prompts.short(len(adapters)), adapters, NEW_TOKENS)
-                over_http = decode_rate(ours.run(asks))
+                title = f"{work}, decoding over HTTP"
+                rates = {
+                    side.name: decode_rate(
+                        side.run(
+                            make_asks(bench.prompts.short(len(adapters)), adapters, NEW_TOKENS)
+                        )
+                    )
+                    for side in (ours, engine)
+                }
                 step_ms = decoder.step_ms(adapters, steps=NEW_TOKENS)
-                # The first round is for warming up.
-                if number:
-                    rates[work][0].append(over_http)
-                    rates[work][1].append(1000 * len(adapters) / step_ms)
-        precision = ours.precision
-    return [
-        Measurement(
-            f"{work}, decoding over HTTP, {precision}", "tokens/s", own, bare, "our decoder alone"
-        )
-        for work, (own, bare) in rates.items()
-    ]
+                rates["our decoder alone"] = 1000 * len(adapters) / step_ms
+                for side, rate in rates.items() if number else ():
+                    samples.add(title, "tokens/s", side, rate)
+    return samples.measurements()
