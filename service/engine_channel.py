@@ -18,7 +18,7 @@ import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
 from core.errors import TunesmithError, Unauthorized, Unavailable, from_wire, to_wire
-from core.inference.engine import Done, EngineEvent, Failed
+from core.inference.engine import Done, EngineEvent, Failed, engine_lost
 
 # Neither answers as long as there are events to come; `RemoteStream` watches over the silence.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
@@ -177,7 +177,9 @@ class RemoteStream:
             except asyncio.CancelledError:
                 self._end()
                 raise
-            event = _failure() if isinstance(outcome, TunesmithError) else outcome
+            if isinstance(outcome, TunesmithError):
+                outcome = Failed(error=to_wire(engine_lost()))
+            event = outcome
         if isinstance(event, Done | Failed):
             self._end(complete=isinstance(event, Done))
         return event
@@ -240,10 +242,3 @@ def _unreachable() -> Unavailable:
         code="engine_unavailable",
         hint="It may be starting; send the request again a little later.",
     )
-
-
-def _failure() -> Failed:
-    lost = Unavailable(
-        "the engine was lost while it answered", code="engine_lost", hint="Send the request again."
-    )
-    return Failed(error=to_wire(lost))

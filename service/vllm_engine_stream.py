@@ -24,6 +24,7 @@ from core.inference.engine import (
     FinishReason,
     Started,
     Timings,
+    engine_lost,
 )
 from core.inference.generation import Answer, TokenChoice
 
@@ -122,7 +123,7 @@ class VllmStream:
         except TunesmithError as error:
             self._events.append(Failed(error=to_wire(error)))
         except (httpx2.TransportError, httpx2.StreamError, ValueError, LookupError, TypeError):
-            self._events.append(Failed(error=to_wire(_lost())))
+            self._events.append(Failed(error=to_wire(engine_lost())))
         except asyncio.CancelledError:
             await self.aclose()
             raise
@@ -148,7 +149,7 @@ class VllmStream:
         frame = await anext(self._frames, None)
         if frame is None or "error" in frame:
             # The server's own words may hold what was asked; its log has them.
-            raise _lost()
+            raise engine_lost()
         for choice in frame["choices"]:
             self._take(self._answers[choice["index"]], choice)
         if all(answer.finish_reason is not None for answer in self._answers):
@@ -223,7 +224,7 @@ def _reason(stated: str | None) -> FinishReason | None:
             return stated
         case _:
             # Such as `abort`, when the server is shut down.
-            raise _lost()
+            raise engine_lost()
 
 
 def _best(top: dict[str, float]) -> list[tuple[int, float]]:
@@ -237,10 +238,4 @@ def too_late() -> Unavailable:
         "the request was not complete within its deadline",
         code="deadline_exceeded",
         hint="Allow more time, ask for fewer tokens, or send the request again later.",
-    )
-
-
-def _lost() -> Unavailable:
-    return Unavailable(
-        "the engine was lost while it answered", code="engine_lost", hint="Send the request again."
     )

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from core.errors import InvalidInput
+from core.errors import InvalidInput, Unavailable
 from core.inference.response_format import ResponseFormat
 
 ENGINE_SECRET_HEADER: Final = "x-tunesmith-engine-secret"
@@ -339,6 +339,13 @@ class Engine(Protocol):
             Unavailable: The engine is gone.
         """
         ...
+
+
+def engine_lost() -> Unavailable:
+    """Return the error of a stream that an engine has begun and will not end."""
+    return Unavailable(
+        "the engine was lost while it answered", code="engine_lost", hint="Send the request again."
+    )
 
 
 def parse_engine_address(address: str) -> Path | tuple[str, int]:
