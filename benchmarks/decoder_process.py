@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from benchmarks.line_process import LineProcess, line_process
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,15 @@ class DecoderProcess:
     """Sends batches to the process.
 
     Args:
-        process: With pipes, just started.
+        process: Just started.
 
     Attributes:
         sizes: What it says of its model.
     """
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: LineProcess) -> None:
         self._process = process
-        self.sizes = Sizes(**self._read())
+        self.sizes = Sizes(**process.read())
 
     def step_ms(
         self,
@@ -67,27 +65,12 @@ class DecoderProcess:
             steps: How many.
             one_layer: Compute with the first layer and the head only.
         """
-        assert self._process.stdin is not None
         message = {"adapters": list(adapters), "prompt_tokens": prompt_tokens, "steps": steps}
-        self._process.stdin.write(json.dumps({**message, "one_layer": one_layer}) + "\n")
-        self._process.stdin.flush()
-        return float(statistics.median(self._read()))
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
+        return float(statistics.median(self._process.ask({**message, "one_layer": one_layer})))
 
 
 @contextmanager
 def decoder_process(model_dir: Path, adapters: Sequence[Path]) -> Iterator[DecoderProcess]:
     """Run the process with these adapters in memory."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.decoder_run", str(model_dir), *map(str, adapters)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    with line_process("benchmarks.decoder_run", model_dir, *adapters) as process:
         yield DecoderProcess(process)
-    finally:
-        process.communicate()

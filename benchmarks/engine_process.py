@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from benchmarks.line_process import LineProcess, line_process
 from benchmarks.serving.client import Answer, Ask
 
 
@@ -17,38 +14,23 @@ class EngineProcess:
     """A side without HTTP; see `benchmarks.serving.works.Side`.
 
     Args:
-        process: With pipes, just started.
+        process: Just started.
     """
 
     name = "our engine alone"
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: LineProcess) -> None:
         self._process = process
-        self._read()
+        self._process.read()
 
     def run(self, asks: Sequence[Ask]) -> list[Answer]:
         """Answer all of them at once."""
-        assert self._process.stdin is not None
         message = [[ask.adapter, ask.prompt.messages, ask.new_tokens] for ask in asks]
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-        return [Answer(**members) for members in self._read()]
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
+        return [Answer(**members) for members in self._process.ask(message)]
 
 
 @contextmanager
 def engine_process(model_dir: Path, adapters: Sequence[Path]) -> Iterator[EngineProcess]:
     """Run the process; it loads these adapters when they are asked for."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.engine_run", str(model_dir), *map(str, adapters)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    with line_process("benchmarks.engine_run", model_dir, *adapters) as process:
         yield EngineProcess(process)
-    finally:
-        process.communicate()
