@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -386,6 +389,48 @@ def test_the_kernel_computes_a_row_to_the_same_bit_whatever_is_beside_it(precisi
     for neighbours, piece in ((0, 7), (1, 45), (5, 16), (20, 9)):
         for own, expected in zip(logits(neighbours, piece), alone, strict=True):
             assert torch.equal(own, expected)
+
+
+@pytest.fixture
+def others_want_the_processors() -> Iterator[None]:
+    """Programs that compute for a moment again and again, and one that never stops."""
+    burst = "while True:\n sum(range(9_000))\n time.sleep(0.001)"
+    endless = "while True: pass"
+    programs = [
+        subprocess.Popen([sys.executable, "-c", f"import time\n{code}"])
+        for code in (burst, burst, endless)
+    ]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+@pytest.mark.usefixtures("others_want_the_processors")
+@pytest.mark.parametrize("threads", [2, 3, 6])
+def test_the_kernel_computes_the_same_bits_when_its_threads_are_held_up(threads: int) -> None:
+    model = llama(hidden_size=256, intermediate_size=512, num_hidden_layers=8)
+    adapters = [make_adapter(model, number, 8) for number in range(3)]
+    digests = [None, *(adapter.digest for adapter in adapters)]
+
+    def logits(threads: int) -> Iterator[torch.Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            lean = LeanModel(model, "float32", path="native")
+        finally:
+            torch.set_num_threads(before)
+        for adapter in adapters:
+            lean.insert(adapter.digest, lean.prepare(adapter))
+        rows = [lean.open_row(digest, [3, 1, 4]) for digest in digests]
+        yield lean.extend(rows, [row.prompt_ids for row in rows])
+        for number in range(300):
+            yield lean.extend(rows, [[(number + row) % VOCABULARY] for row in range(len(rows))])
+
+    for alone, together in zip(logits(1), logits(threads), strict=True):
+        assert torch.equal(alone, together)
 
 
 @pytest.mark.parametrize("precision", offered_precisions(torch.device("cpu")))
