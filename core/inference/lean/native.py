@@ -10,12 +10,10 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from ctypes import Structure, c_float, c_int32, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from core.inference.lean.adapters import LayerSizes, PlacedAdapter
@@ -29,11 +27,13 @@ from core.inference.lean.weights import shape_of
 
 # As in the C sources.
 _VECTOR = 8
-_MAX_GROUPS = 64
+_WRONG = {
+    1: (MemoryError, "no memory for a pass of the decoder"),
+    2: (IndexError, "a token is not one of the model's"),
+    3: (ValueError, "a pass uses more adapters than it can"),
+}
 # For how many more positions rotations are computed at a time.
 _ROTATIONS = 4096
-
-Floats = NDArray[np.float32]
 
 
 class _Layer(Structure):
@@ -59,15 +59,21 @@ class _Model(Structure):
     ]
 
 
-class _Group(Structure):
-    _fields_ = [("layers", c_void_p), ("tokens", c_void_p), ("count", c_int32)]
-
-
-class _Pass(Structure):
+class _Piece(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("tokens", "groups", "kept", "low_width")),
-        *((name, c_void_p) for name in ("ids", "pages", "positions", "cosines", "sines")),
-        *((name, c_void_p) for name in ("group", "keep", "logits")),
+        ("start", c_int64),
+        ("pages", c_void_p),
+        ("adapter", c_void_p),
+        ("tokens", c_int32),
+        ("low_width", c_int32),
+    ]
+
+
+class _Pieces(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("piece", "ids", "cosines", "sines", "logits")),
+        ("pieces", c_int32),
+        ("every_token", c_int32),
     ]
 
 
@@ -94,9 +100,9 @@ class NativeDecoder:
         self._threads = threads
         # What the structures point at.
         self.weights = decoder
-        self._frequencies = decoder.frequencies.numpy()
+        self._frequencies = decoder.frequencies
         self._rotary_scale = decoder.rotary_scale
-        self._cosines: Floats = np.empty((0, shape.head_dim // 2), np.float32)
+        self._cosines = torch.empty((0, shape.head_dim // 2))
         self._sines = self._cosines
         layers: list[Any] = list(decoder.layers)
         self._layers = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
@@ -139,60 +145,45 @@ class NativeDecoder:
     def forget(self, digest: str) -> None:
         """Note that an adapter is resident no longer."""
 
-    def _rotations(self, positions: int) -> tuple[Floats, Floats]:
+    def _rotations(self, positions: int) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of so many positions or more, (positions, head_dim / 2)."""
         if len(self._cosines) < positions:
             # All at once is cheaper than those of each pass by themselves, and they are few.
             count = -(-positions // _ROTATIONS) * _ROTATIONS
-            angles = np.outer(np.arange(count, dtype=np.float32), self._frequencies)
-            scale = np.float32(self._rotary_scale)
-            self._cosines, self._sines = np.cos(angles) * scale, np.sin(angles) * scale
+            angles = torch.outer(torch.arange(count, dtype=torch.float32), self._frequencies)
+            self._cosines = angles.cos() * self._rotary_scale
+            self._sines = angles.sin() * self._rotary_scale
         return self._cosines, self._sines
 
     def compute(
         self, pieces: Sequence[Piece], cache: PagedCache, *, every_token: bool = False
     ) -> Tensor:
         """Return the logits after each piece, or after every token; see `PassDecoder`."""
-        counts = [len(piece.token_ids) for piece in pieces]
-        tokens = sum(counts)
-        ids = np.fromiter((i for piece in pieces for i in piece.token_ids), np.int32, tokens)
-        if ids.min() < 0 or ids.max() >= self._vocabulary:
-            raise IndexError("a token is not one of the model's")
-        pages = np.repeat(np.array([piece.place.address for piece in pieces], np.uintp), counts)
-        ends = np.cumsum(counts)
-        starts = np.array([piece.start for piece in pieces]) - (ends - counts)
-        positions = np.arange(tokens, dtype=np.int64) + np.repeat(starts, counts)
-        keep = (np.arange(tokens) if every_token else ends - 1).astype(np.int32)
-        cosines, sines = self._rotations(int(positions.max()) + 1)
-        groups, members = _group(pieces, ends, counts)
-        if len(groups) > _MAX_GROUPS:
-            raise ValueError(f"{len(groups)} adapters are more than a pass can use")
-        logits = np.empty((len(keep), self._vocabulary), np.float32)
-        done = self._library.tunesmith_step(
+        token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
+        ids = (c_int32 * len(token_ids))(*token_ids)
+        given = (_Piece * len(pieces))(*(_given(piece) for piece in pieces))
+        longest = max(piece.start + len(piece.token_ids) for piece in pieces)
+        cosines, sines = self._rotations(longest)
+        kept = len(ids) if every_token else len(pieces)
+        logits = torch.empty((kept, self._vocabulary))
+        wrong = self._library.tunesmith_step(
             self._handle,
             ctypes.byref(
-                _Pass(
-                    tokens=tokens,
-                    groups=len(groups),
-                    kept=len(keep),
-                    low_width=max(
-                        (piece.adapter.low_width for piece in pieces if piece.adapter), default=0
-                    ),
-                    ids=ids.ctypes.data,
-                    pages=pages.ctypes.data,
-                    positions=positions.ctypes.data,
-                    cosines=cosines.ctypes.data,
-                    sines=sines.ctypes.data,
-                    group=ctypes.addressof(groups),
-                    keep=keep.ctypes.data,
-                    logits=logits.ctypes.data,
+                _Pieces(
+                    piece=ctypes.addressof(given),
+                    ids=ctypes.addressof(ids),
+                    cosines=cosines.data_ptr(),
+                    sines=sines.data_ptr(),
+                    logits=logits.data_ptr(),
+                    pieces=len(pieces),
+                    every_token=every_token,
                 )
             ),
         )
-        del members
-        if done != 0:
-            raise MemoryError("no memory for a pass of the decoder")
-        return torch.from_numpy(logits)
+        if wrong:
+            kind, message = _WRONG[wrong]
+            raise kind(message)
+        return logits
 
 
 def why_not_native(model: Any, precision: Precision) -> str | None:
@@ -226,20 +217,12 @@ def _layer(layer: Any) -> _Layer:
     )
 
 
-def _group(
-    pieces: Sequence[Piece], ends: Any, counts: Sequence[int]
-) -> tuple[ctypes.Array[_Group], list[Any]]:
-    """Return which tokens use which adapter, and what must be kept while that is used."""
-    tokens: dict[int, list[Any]] = {}
-    for piece, end, count in zip(pieces, ends, counts, strict=True):
-        if piece.adapter is not None:
-            span = np.arange(end - count, end, dtype=np.int32)
-            tokens.setdefault(piece.adapter.address, []).append(span)
-    members = [np.concatenate(spans) for spans in tokens.values()]
-    groups = (_Group * len(members))(
-        *(
-            _Group(layers=address, tokens=own.ctypes.data, count=len(own))
-            for address, own in zip(tokens, members, strict=True)
-        )
+def _given(piece: Piece) -> _Piece:
+    adapter = piece.adapter
+    return _Piece(
+        piece.start,
+        piece.place.address,
+        None if adapter is None else adapter.address,
+        len(piece.token_ids),
+        0 if adapter is None else adapter.low_width,
     )
-    return groups, members

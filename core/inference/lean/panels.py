@@ -23,7 +23,7 @@ from core.inference.lean.adapters import PARTS, LayerSizes, PlacedAdapter
 from core.inference.lean.decoder import LayerAdapters
 
 # As in the C sources; the version changes with every structure that Python fills in.
-_VERSION = 5
+_VERSION = 6
 _PANEL = 16
 _LINE = 64
 

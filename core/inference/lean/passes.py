@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -12,8 +11,7 @@ from core.inference.lean.adapters import LayerSizes, PlacedAdapter
 from core.inference.lean.decoder import Decoder
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Tokens of one row that follow each other.
 
     Attributes:

@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "pack.h"
+#include "pieces.h"
 #include "product.h"
 #include "threads.h"
 
@@ -26,29 +27,6 @@ typedef struct {
     const Layer *layer;
     Matrix head;
 } Model;
-
-/* A is (in, parts x rank); each part has a B of (rank, out) with the adapter's scale in it. */
-typedef struct {
-    Matrix a_qkv, b_q, b_k, b_v, a_o, b_o, a_gate_up, b_gate, b_up, a_down, b_down;
-} Lora;
-
-/* Tokens that use one adapter. */
-typedef struct {
-    const Lora *layers;
-    const int32_t *tokens;
-    int32_t count;
-} Group;
-
-typedef struct {
-    int32_t tokens, groups, kept, low_width;
-    const int32_t *ids;
-    void *const *const *pages; /* of each token's row */
-    const int64_t *positions;
-    const float *cosines, *sines; /* of the angles at each position, (positions, head_dim / 2) */
-    const Group *group;
-    const int32_t *keep; /* tokens whose logits are wanted */
-    float *logits; /* (kept, vocabulary) */
-} Pass;
 
 typedef struct {
     Model model;
@@ -69,7 +47,7 @@ typedef struct {
     float *norms, *scores;                       /* the member's own */
 } Work;
 
-enum { MOST_GROUPS = 64, MOST_PARTS = 3 };
+enum { MOST_PARTS = 3 };
 
 /* How often `end_of` is called at most: in `compute_layer`, and in all that is around the layers. */
 enum { PHASES_OF_LAYER = 11, OTHER_PHASES = 3 };
@@ -178,7 +156,8 @@ static void compute_layer(Work *w, int index) {
     int done = 0;
     for (int t; (t = next_of(w)) < pass->tokens; done++)
         remember(&attention, w->qkv + (size_t)t * qkv_width, pass->pages[t], pass->positions[t],
-                 pass->cosines + pass->positions[t] * half, pass->sines + pass->positions[t] * half,
+                 pass->given->cosines + pass->positions[t] * half,
+                 pass->given->sines + pass->positions[t] * half,
                  layer->q_norm, layer->k_norm);
     end_of(w, done, pass->tokens);
     const int heads = pass->tokens * m->kv_heads;
@@ -219,7 +198,7 @@ static void compute_logits(Work *w) {
             last[(size_t)i * m->width + c] = hidden[c] * norm;
     }
     end_of(w, done, pass->kept);
-    Operands of = {last, m->width, pass->logits, m->head.out};
+    Operands of = {last, m->width, pass->given->logits, m->head.out};
     Product head = product(w, &m->head, of, NULL, 0);
     head.count = pass->kept;
     Share shares = share(head, w->team->size);
@@ -255,7 +234,7 @@ static void compute(Team *team, int member, void *given) {
 
     int done = 0;
     for (int t; (t = next_of(&w)) < pass->tokens; done++)
-        memcpy(w.hidden + (size_t)t * m->width, m->embedding + (size_t)pass->ids[t] * m->width,
+        memcpy(w.hidden + (size_t)t * m->width, m->embedding + (size_t)pass->given->ids[t] * m->width,
                sizeof(float) * m->width);
     end_of(&w, done, pass->tokens);
     for (int layer = 0; layer < m->layers; layer++)
@@ -264,7 +243,7 @@ static void compute(Team *team, int member, void *given) {
 }
 
 /* Changes with every structure above. */
-int tunesmith_version(void) { return 5; }
+int tunesmith_version(void) { return 6; }
 
 /* Whether this processor has what the code was compiled for. */
 int tunesmith_supported(void) {
@@ -307,26 +286,31 @@ Decoder *tunesmith_open(const Model *model, int threads, int vector_bits) {
     return decoder;
 }
 
-/* Compute a pass; return 0, or 1 when there is no memory for it and nothing has changed. */
-int tunesmith_step(Decoder *decoder, const Pass *pass) {
+/* Have room for what a pass computes; return whether there is memory for it. */
+static int make_room(Decoder *decoder, const Pass *pass, int score_width) {
     const Model *m = &decoder->model;
-    int64_t longest = 0;
-    for (int t = 0; t < pass->tokens; t++)
-        longest = pass->positions[t] >= longest ? pass->positions[t] + 1 : longest;
-    Task task = {decoder, pass, (int)((longest + 7) / 8 * 8)};
     size_t widths = (size_t)m->width * 2 + (size_t)m->heads * m->head_dim * 2 +
                     (size_t)m->kv_heads * m->head_dim * 2 + (size_t)m->intermediate * 2 +
                     (size_t)pass->low_width;
     size_t size = (size_t)pass->tokens * widths +
-                  (size_t)decoder->team->size * member_floats(pass, task.score_width);
-    if (size > decoder->size) {
-        free(decoder->space);
-        decoder->size = 0;
-        decoder->space = malloc(size * sizeof(float));
-        if (!decoder->space)
-            return 1;
-        decoder->size = size;
-    }
-    run_together(decoder->team, compute, &task);
-    return 0;
+                  (size_t)decoder->team->size * member_floats(pass, score_width);
+    if (size <= decoder->size)
+        return 1;
+    free(decoder->space);
+    decoder->space = malloc(size * sizeof(float));
+    decoder->size = decoder->space ? size : 0;
+    return decoder->space != NULL;
+}
+
+/* Compute a pass; return 0, or what is wrong when nothing has changed. */
+int tunesmith_step(Decoder *decoder, const Pieces *given) {
+    Pass pass;
+    int wrong = begin_pass(&pass, given, decoder->model.head.out);
+    Task task = {decoder, &pass, (int)((pass.longest + 7) / 8 * 8)};
+    if (!wrong && !make_room(decoder, &pass, task.score_width))
+        wrong = NO_MEMORY;
+    if (!wrong)
+        run_together(decoder->team, compute, &task);
+    end_pass(&pass);
+    return wrong;
 }
