@@ -56,6 +56,8 @@ FAMILIES = {
     "llama": llama,
     "llama_tied": lambda: llama(tie_word_embeddings=True),
     "llama_biased": lambda: llama(attention_bias=True, mlp_bias=True),
+    # Not a multiple of the widest vectors, and more query heads than are computed together.
+    "llama_odd_heads": lambda: llama(head_dim=24, num_attention_heads=8),
     "llama_stretched": lambda: llama(
         rope_parameters={
             "rope_type": "llama3",
@@ -434,7 +436,7 @@ def test_the_kernel_computes_the_same_bits_when_its_threads_are_held_up(threads:
 
 
 @pytest.mark.parametrize("precision", offered_precisions(torch.device("cpu")))
-@pytest.mark.parametrize("family", ["llama", "llama_biased", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama_biased", "llama_odd_heads", "qwen3"])
 def test_the_kernel_computes_the_same_bits_with_vectors_of_either_width(
     family: str, precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,7 +454,9 @@ def test_the_kernel_computes_the_same_bits_with_vectors_of_either_width(
         found = []
         for count in range(1, 20):
             digests = [None, *(adapter.digest for adapter in adapters)] * count
-            rows = [lean.open_row(digest, [7, *range(3 * count)]) for digest in digests[:count]]
+            # Of one page of the cache, and of several.
+            prompt = [number % VOCABULARY for number in range(count**2)]
+            rows = [lean.open_row(digest, prompt) for digest in digests[:count]]
             found.append(lean.extend(rows, [row.prompt_ids for row in rows]))
             found.append(lean.extend(rows, [[number] for number in range(count)]))
             for row in rows:

@@ -13,11 +13,18 @@
 
 #include "product.h"
 
+/* Query heads that are computed together, and how far ahead their keys and values are fetched. */
+enum { TOGETHER = 3, AHEAD = 16 };
+
+typedef struct Heads Heads;
+typedef void (*Attend)(const Heads *);
+
 typedef struct {
     int32_t heads, kv_heads, head_dim, half;
     int32_t page; /* positions, a multiple of 4 */
     int32_t layer;
     float epsilon;
+    const Attend *attends; /* by how many heads are computed together */
 } Attention;
 
 /* e^x to about one unit in the last place: 2^n times a polynomial on half a binade (Cephes). */
@@ -37,6 +44,12 @@ INLINE __m256 exp8(__m256 x) {
     __m256i power = _mm256_slli_epi32(
         _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
+}
+
+INLINE float greatest8(__m256 x) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
 INLINE float sum8(__m256 x) {
@@ -98,66 +111,30 @@ static void remember(const Attention *a, float *qkv, void *const *pages, int64_t
     }
 }
 
-/* Query heads that are computed together, and how far ahead their keys and values are fetched. */
-enum { TOGETHER = 3, AHEAD = 16 };
-
 INLINE void fetch(const void *page, size_t index, int numbers, const int half) {
     const char *line = (const char *)page + index * (half ? 2 : 4);
     for (int i = 0; i < numbers * (half ? 2 : 4); i += 64)
         _mm_prefetch(line + i, _MM_HINT_T0);
 }
 
-/* Scores of some neighbouring query heads for the first positions of a page, four at a time. */
-INLINE void score(const float *queries, const void *page, size_t place, size_t stride,
-                  int positions, int width, float scale, const int heads, const int half,
-                  float *scores, int scores_stride) {
-    int p = 0;
-    for (; p + 4 <= positions; p += 4) {
-        __m256 sum[TOGETHER][4];
-#pragma GCC unroll 3
-        for (int h = 0; h < heads; h++)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++)
-                sum[h][j] = _mm256_setzero_ps();
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            fetch(page, place + (size_t)(p + j + AHEAD) * stride, width, half);
-        for (int i = 0; i < width; i += 8)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                __m256 key = load8(page, place + (size_t)(p + j) * stride + i, half);
-#pragma GCC unroll 3
-                for (int h = 0; h < heads; h++)
-                    sum[h][j] =
-                        _mm256_fmadd_ps(_mm256_loadu_ps(queries + h * width + i), key, sum[h][j]);
-            }
-#pragma GCC unroll 3
-        for (int h = 0; h < heads; h++) {
-            __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sum[h][0], sum[h][1]),
-                                          _mm256_hadd_ps(sum[h][2], sum[h][3]));
-            __m128 all = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-            _mm_storeu_ps(scores + h * scores_stride + p, _mm_mul_ps(all, _mm_set1_ps(scale)));
-        }
-    }
-    for (; p < positions; p++)
-        for (int h = 0; h < heads; h++) {
-            __m256 sum = _mm256_setzero_ps();
-            for (int i = 0; i < width; i += 8)
-                sum = _mm256_fmadd_ps(_mm256_loadu_ps(queries + h * width + i),
-                                      load8(page, place + (size_t)p * stride + i, half), sum);
-            scores[h * scores_stride + p] = sum8(sum) * scale;
-        }
+/* The score of one query head for one position, before it is scaled. */
+INLINE float score_one(const float *query, const void *page, size_t place, int width,
+                       const int half) {
+    __m256 sum = _mm256_setzero_ps();
+    for (int i = 0; i < width; i += 8)
+        sum = _mm256_fmadd_ps(_mm256_loadu_ps(query + i), load8(page, place + i, half), sum);
+    return sum8(sum);
 }
 
 /* Turn scores into weights that sum up to 1; the array has room for a multiple of 8. */
 static void soften(float *scores, int positions) {
-    float most = scores[0];
-    for (int p = 1; p < positions; p++)
-        most = scores[p] > most ? scores[p] : most;
     int end = (positions + 7) / 8 * 8;
     for (int p = positions; p < end; p++)
         scores[p] = -INFINITY;
-    __m256 total = _mm256_setzero_ps(), top = _mm256_set1_ps(most);
+    __m256 most = _mm256_loadu_ps(scores);
+    for (int p = 8; p < end; p += 8)
+        most = _mm256_max_ps(_mm256_loadu_ps(scores + p), most);
+    __m256 total = _mm256_setzero_ps(), top = _mm256_set1_ps(greatest8(most));
     for (int p = 0; p < end; p += 8) {
         __m256 value = exp8(_mm256_sub_ps(_mm256_loadu_ps(scores + p), top));
         if (p + 8 > positions) {
@@ -174,82 +151,112 @@ static void soften(float *scores, int positions) {
         _mm256_storeu_ps(scores + p, _mm256_mul_ps(_mm256_loadu_ps(scores + p), share));
 }
 
-/* Add values of a page by weight, for some heads; `vectors` eights of columns stay in registers. */
-INLINE void mix(const float *weights, int weights_stride, const void *page, size_t place,
-                size_t stride, int positions, const int vectors, const int heads, const int half,
-                float *result, int width) {
-    __m256 sum[TOGETHER][4];
-#pragma GCC unroll 3
-    for (int h = 0; h < heads; h++)
-#pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++)
-            sum[h][j] = _mm256_loadu_ps(result + h * width + 8 * j);
-    for (int p = 0; p < positions; p++) {
-        fetch(page, place + (size_t)(p + AHEAD) * stride, 8 * vectors, half);
-#pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) {
-            __m256 value = load8(page, place + (size_t)p * stride + 8 * j, half);
-#pragma GCC unroll 3
-            for (int h = 0; h < heads; h++)
-                sum[h][j] = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + h * weights_stride + p),
-                                            value, sum[h][j]);
-        }
-    }
-#pragma GCC unroll 3
-    for (int h = 0; h < heads; h++)
-#pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++)
-            _mm256_storeu_ps(result + h * width + 8 * j, sum[h][j]);
-}
-
-/* What a step's attention reads and writes. */
-typedef struct {
-    const float *queries; /* of the first of some neighbouring heads */
+/* What the attention of some neighbouring query heads reads and writes. */
+struct Heads {
+    const float *queries; /* of the first one */
     const void *const *pages;
     size_t keys, values, stride; /* the first position's in a page, and from one to the next */
     int positions, page, width;
     float *scores;
     int scores_stride;
     float *mixed;
-} Heads;
+};
 
 INLINE int on_page(const Heads *t, int first) {
     return t->positions - first < t->page ? t->positions - first : t->page;
 }
 
-INLINE void mix_columns(const Heads *t, int column, const int vectors, const int heads,
-                        const int half) {
-    for (int p = 0; p < t->positions; p += t->page)
-        mix(t->scores + p, t->scores_stride, t->pages[p / t->page], t->values + column, t->stride,
-            on_page(t, p), vectors, heads, half, t->mixed + column, t->width);
+INLINE __m256 keys8(const void *page, size_t place, size_t stride, int half) {
+    (void)stride;
+    return load8(page, place, half);
 }
 
-INLINE void attend_as(const Heads *t, const int heads, const int half) {
-    for (int p = 0; p < t->positions; p += t->page)
-        score(t->queries, t->pages[p / t->page], t->keys, t->stride, on_page(t, p), t->width,
-              1.0f / sqrtf((float)t->width), heads, half, t->scores + p, t->scores_stride);
-    for (int h = 0; h < heads; h++)
-        soften(t->scores + h * t->scores_stride, t->positions);
-    memset(t->mixed, 0, sizeof(float) * heads * t->width);
-    int i = 0;
-    for (; i + 32 <= t->width; i += 32)
-        mix_columns(t, i, 4, heads, half);
-    for (; i < t->width; i += 8)
-        mix_columns(t, i, 1, heads, half);
+INLINE __m256 eight_of_8(__m256 sums, int which) {
+    (void)which;
+    return sums;
 }
+
+/* `attend`, in registers of eight numbers. */
+#define VECTOR __m256
+#define LANES 8
+#define TARGET
+#define NAMED(name) name
+#define ZERO _mm256_setzero_ps
+#define LOAD load8
+#define LOAD_FLOATS _mm256_loadu_ps
+#define BROADCAST _mm256_broadcast_ss
+#define FMADD _mm256_fmadd_ps
+#define STORE _mm256_storeu_ps
+#define KEYS keys8
+#define QUERY _mm256_loadu_ps
+#define EIGHT eight_of_8
+#include "heads.h"
+
+AVX512 INLINE __m512 side_by_side(__m256 low, __m256 high) {
+    return _mm512_castpd_ps(_mm512_insertf64x4(
+        _mm512_castps_pd(_mm512_castps256_ps512(low)), _mm256_castps_pd(high), 1));
+}
+
+/* Eight numbers each of two neighbouring positions. */
+AVX512 INLINE __m512 keys16(const void *page, size_t place, size_t stride, int half) {
+    if (!half)
+        return side_by_side(load8(page, place, 0), load8(page, place + stride, 0));
+    const __m128i *low = (const __m128i *)((const uint16_t *)page + place);
+    const __m128i *high = (const __m128i *)((const uint16_t *)page + place + stride);
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1));
+}
+
+AVX512 INLINE __m512 query16(const float *numbers) {
+    return _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(_mm256_loadu_ps(numbers))));
+}
+
+AVX512 INLINE __m256 eight_of_16(__m512 sums, int which) {
+    __m512d both = _mm512_castps_pd(sums);
+    return which ? _mm256_castpd_ps(_mm512_extractf64x4_pd(both, 1)) : _mm512_castps512_ps256(sums);
+}
+
+/* `attend_512`, in registers of twice the width, of which there are twice as many. */
+#define VECTOR __m512
+#define LANES 16
+#define TARGET AVX512
+#define NAMED(name) name##_512
+#define ZERO _mm512_setzero_ps
+#define LOAD load16
+#define LOAD_FLOATS _mm512_loadu_ps
+#define BROADCAST broadcast16
+#define FMADD _mm512_fmadd_ps
+#define STORE _mm512_storeu_ps
+#define KEYS keys16
+#define QUERY query16
+#define EIGHT eight_of_16
+#include "heads.h"
 
 /* One function for each number of heads and type of cache. */
 #define ATTEND(heads, half)                                                                       \
     static __attribute__((noinline)) void attend_##heads##_##half(const Heads *t) {               \
-        attend_as(t, heads, half);                                                                \
+        attend(t, heads, half);                                                                   \
+    }                                                                                             \
+    static AVX512 __attribute__((noinline)) void attend_512_##heads##_##half(const Heads *t) {    \
+        attend_512(t, heads, half);                                                               \
     }
 ATTEND(1, 0) ATTEND(2, 0) ATTEND(3, 0) ATTEND(1, 1) ATTEND(2, 1) ATTEND(3, 1)
-static void (*const attends[2][TOGETHER + 1])(const Heads *) = {
+
+/* By half and heads. */
+static const Attend attends_256[2][TOGETHER + 1] = {
     {NULL, attend_1_0, attend_2_0, attend_3_0}, {NULL, attend_1_1, attend_2_1, attend_3_1}};
+static const Attend attends_512[2][TOGETHER + 1] = {
+    {NULL, attend_512_1_0, attend_512_2_0, attend_512_3_0},
+    {NULL, attend_512_1_1, attend_512_2_1, attend_512_3_1}};
+
+/* Those for a kind of cache, heads of a width, and vectors of so many bits. */
+static const Attend *attends_for(int half, int width, int bits) {
+    return bits == 512 && width % 16 == 0 ? attends_512[half] : attends_256[half];
+}
 
 /* What the query heads of one key-value head see of a row's first positions. */
-static void attend(const Attention *a, const float *queries, const void *const *pages, int kv_head,
-                   int positions, float *scores, int scores_stride, float *mixed) {
+static void see(const Attention *a, const float *queries, const void *const *pages, int kv_head,
+                int positions, float *scores, int scores_stride, float *mixed) {
     int width = a->head_dim, each = a->heads / a->kv_heads;
     size_t keys = place_of(a, 0) + (size_t)kv_head * width;
     for (int first = 0; first < each; first += TOGETHER) {
@@ -260,7 +267,7 @@ static void attend(const Attention *a, const float *queries, const void *const *
                       .stride = (size_t)2 * a->kv_heads * width, .positions = positions,
                       .page = a->page, .width = width, .scores = scores,
                       .scores_stride = scores_stride, .mixed = mixed + offset};
-        attends[a->half][heads](&task);
+        a->attends[heads](&task);
     }
 }
 

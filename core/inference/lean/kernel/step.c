@@ -32,6 +32,7 @@ typedef struct {
     Model model;
     Team *team;
     const Tiles *tiles;
+    const Attend *attends;
     float *space; /* of the largest pass so far */
     size_t size;
 } Decoder;
@@ -42,6 +43,7 @@ typedef struct {
     const Pass *pass;
     Team *team;
     const Tiles *tiles;
+    const Attend *attends;
     int member, phase, score_width;
     float *hidden, *qkv, *mixed, *gate_up, *low; /* shared, a row for each token */
     float *norms, *scores;                       /* the member's own */
@@ -148,7 +150,7 @@ static void compute_layer(Work *w, int index) {
     const int mixed_width = m->heads * m->head_dim, half = m->head_dim / 2;
     const int qkv_width = mixed_width + 2 * m->kv_heads * m->head_dim;
     const Attention attention = {m->heads, m->kv_heads, m->head_dim, m->half_cache,
-                                 m->page,  index,       m->epsilon};
+                                 m->page,  index,       m->epsilon,  w->attends};
 
     compute_norms(w);
     multiply_with_adapters(w, &layer->qkv, (Operands){w->hidden, m->width, w->qkv, qkv_width},
@@ -157,16 +159,15 @@ static void compute_layer(Work *w, int index) {
     for (int t; (t = next_of(w)) < pass->tokens; done++)
         remember(&attention, w->qkv + (size_t)t * qkv_width, pass->pages[t], pass->positions[t],
                  pass->given->cosines + pass->positions[t] * half,
-                 pass->given->sines + pass->positions[t] * half,
-                 layer->q_norm, layer->k_norm);
+                 pass->given->sines + pass->positions[t] * half, layer->q_norm, layer->k_norm);
     end_of(w, done, pass->tokens);
     const int heads = pass->tokens * m->kv_heads;
     done = 0;
     for (int i; (i = next_of(w)) < heads; done++) {
         int t = i / m->kv_heads;
-        attend(&attention, w->qkv + (size_t)t * qkv_width, (const void *const *)pass->pages[t],
-               i % m->kv_heads, (int)pass->positions[t] + 1, w->scores, w->score_width,
-               w->mixed + (size_t)t * mixed_width);
+        see(&attention, w->qkv + (size_t)t * qkv_width, (const void *const *)pass->pages[t],
+            i % m->kv_heads, (int)pass->positions[t] + 1, w->scores, w->score_width,
+            w->mixed + (size_t)t * mixed_width);
     }
     end_of(w, done, heads);
     multiply_with_adapters(w, &layer->o, (Operands){w->mixed, mixed_width, w->hidden, m->width},
@@ -222,7 +223,7 @@ static void compute(Team *team, int member, void *given) {
     size_t tokens = (size_t)pass->tokens;
     int mixed_width = m->heads * m->head_dim;
     Work w = {.model = m, .pass = pass, .team = team, .tiles = task->decoder->tiles,
-              .member = member, .score_width = task->score_width};
+              .attends = task->decoder->attends, .member = member, .score_width = task->score_width};
     float *next = task->decoder->space;
     w.hidden = next, next += tokens * m->width;
     w.qkv = next, next += tokens * (mixed_width + 2 * m->kv_heads * m->head_dim);
@@ -277,6 +278,7 @@ Decoder *tunesmith_open(const Model *model, int threads, int vector_bits) {
         return NULL;
     decoder->model = *model;
     decoder->tiles = vector_bits == 512 ? &tiles_512 : &tiles_256;
+    decoder->attends = attends_for(model->half_cache, model->head_dim, vector_bits);
     decoder->team = make_team(threads > 1 ? threads : 1,
                               OTHER_PHASES + PHASES_OF_LAYER * model->layers);
     if (!decoder->team) {
