@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdint.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -31,6 +32,19 @@ static Thread this_thread(void) {
     if (pthread_getcpuclockid(pthread_self(), &own.clock))
         own.clock = CLOCK_MONOTONIC; /* never stands still */
     return own;
+}
+
+/* Have the caller run only where no other thread wants the processor; return whether it does. */
+static int run_when_idle(void) {
+    const struct sched_param none = {0};
+    return !sched_setscheduler(0, SCHED_IDLE, &none);
+}
+
+/* Some monotonic time in nanoseconds. */
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
 /* Whether a thread that does not sleep stands still. */
@@ -69,13 +83,11 @@ static Processors only(const Processors *set, int processor) {
     return one;
 }
 
-/* Move a thread to one of some processors, unless there are none; later it may run on all `allowed`.
- *
- * Whoever moves itself returns when it has got there.
- */
-static void move_to(const Thread *thread, const Processors *some, const Processors *allowed) {
-    if (CPU_COUNT(some) && !sched_setaffinity(thread->id, sizeof *some, some))
-        sched_setaffinity(thread->id, sizeof *allowed, allowed);
+/* Move a thread to one of some processors; later it may run on all `allowed`. Return whether it could
+ * be moved. */
+static int move_to(const Thread *thread, const Processors *some, const Processors *allowed) {
+    return CPU_COUNT(some) && !sched_setaffinity(thread->id, sizeof *some, some) &&
+           !sched_setaffinity(thread->id, sizeof *allowed, allowed);
 }
 
 #else
@@ -84,6 +96,10 @@ typedef int Processors;
 typedef int Thread;
 
 static Thread this_thread(void) { return 0; }
+
+static int run_when_idle(void) { return 0; }
+
+static int64_t nanoseconds(void) { return 0; }
 
 static int is_held_up(const Thread *thread) {
     (void)thread;
@@ -101,8 +117,9 @@ static Processors only(const Processors *set, int processor) {
     return *set;
 }
 
-static void move_to(const Thread *thread, const Processors *some, const Processors *allowed) {
+static int move_to(const Thread *thread, const Processors *some, const Processors *allowed) {
     (void)thread, (void)some, (void)allowed;
+    return 0;
 }
 
 #endif

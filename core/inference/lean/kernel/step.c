@@ -285,6 +285,7 @@ Decoder *tunesmith_open(const Model *model, int threads, int vector_bits) {
         tunesmith_close(decoder);
         return NULL;
     }
+    watch_over(decoder->team);
     return decoder;
 }
 

@@ -2,8 +2,9 @@
  *
  * Within a phase the tasks are taken one by one from a common counter, and the phase is over when
  * all of them are done, whoever did them: a thread that the system holds up between two phases holds
- * up nobody. One that is held up within a task changes places with a thread that could only wait for
- * it, and one that falls behind is sent where no other computes. Between steps the team sleeps.
+ * up nobody. One that is held up within a task is brought to the processor of a thread that could
+ * only wait for it, and one that falls behind is brought to a processor that nobody uses. Between
+ * steps the team sleeps.
  */
 #ifndef TUNESMITH_THREADS_H
 #define TUNESMITH_THREADS_H
@@ -23,8 +24,10 @@ enum { SPINS = 2000 };
 /* In phases: how often it is looked whether somebody falls behind, and from when on that counts. */
 enum { LOOK_EACH = 4, BEHIND = 2 };
 
-/* How often one waits as long as that before one sleeps. */
-enum { PATIENCE = 8 };
+/* In nanoseconds: how long a processor must have been idle to take a thread that has fallen behind,
+ * and how long the one who looks after that may be interrupted without noticing it.
+ */
+enum { QUIET = 400 * 1000, GLANCE = 20 * 1000 };
 
 /* A member that has not yet come in, and one that has left, as if it was before or behind all phases. */
 enum { CALLED = -BEHIND, OUTSIDE = INT_MAX };
@@ -55,13 +58,18 @@ struct Team {
     _Atomic int inside; /* members that go through the program, the first one not counted */
     _Atomic int sleepers;
     pthread_mutex_t lock;
-    pthread_cond_t wake, news;
-    Processors allowed; /* in this round */
+    pthread_cond_t wake, news, ask;
+    Processors allowed; /* to whoever made the team */
+    pthread_t watcher;
+    Thread watcher_known; /* to the system */
+    int has_watcher;
+    _Atomic int is_watched; /* the watcher is known */
+    _Atomic int watching;   /* it was asked and has not made an end of it */
+    _Atomic int open; /* for members to come in */
     /* Under the lock. */
     Program program;
     void *argument;
     int round; /* of programs */
-    int open; /* for members to come in */
     int ready; /* members that wait for a round, or are in one */
     int ending;
 };
@@ -85,7 +93,7 @@ static void tell(Team *team) {
 }
 
 static void move_member(Member *member, const Processors *some) {
-    move_to(&member->known, some, &member->team->allowed);
+    (void)move_to(&member->known, some, &member->team->allowed);
 }
 
 /* Note where a member is. */
@@ -103,113 +111,108 @@ static Processors free_processors(Team *team, int phase) {
     return rest;
 }
 
-/* Send those that have fallen behind where nobody computes.
+static int is_behind(Team *team, const Member *member, int phase) {
+    return atomic_load(&team->open) && phase - atomic_load(&member->phase) >= BEHIND;
+}
+
+/* Have it looked for a processor for those that have fallen behind.
  *
  * Each of them could go on, as what it may have slept for is over. Perhaps it is behind the caller,
- * on the same processor. If it is somewhere else, it stays there.
+ * on the same processor, and the system leaves it there although another one is idle.
  */
-static void spread(Team *team, int phase) {
+static void look_after(Team *team, int phase) {
+    if (!atomic_load(&team->is_watched) || atomic_load(&team->watching))
+        return;
     for (int i = 0; i < team->size; i++)
-        if (phase - atomic_load_explicit(&team->members[i].phase, memory_order_relaxed) >= BEHIND) {
+        if (is_behind(team, &team->members[i], phase)) {
             Processors rest = free_processors(team, phase);
-            move_member(&team->members[i], &rest);
+            if (!move_to(&team->watcher_known, &rest, &rest))
+                return;
+            pthread_mutex_lock(&team->lock);
+            atomic_store(&team->watching, 1);
+            pthread_cond_signal(&team->ask);
+            pthread_mutex_unlock(&team->lock);
+            return;
         }
 }
 
-/* Another member that has no processor to do its work on; NULL if there is none.
+/* A member that has fallen behind; NULL if there is none. */
+static Member *straggler(Team *team) {
+    for (int i = 0; i < team->size; i++)
+        if (is_behind(team, &team->members[i], atomic_load(&team->over)))
+            return &team->members[i];
+    return NULL;
+}
+
+/* Bring a straggler to the caller's processor, once nobody else has used that for a while.
  *
- * Those that sleep as they wait for a phase have no work, except when all phases are over.
+ * What API and clients do for a token takes many short turns, and whoever comes between them makes
+ * them wait.
  */
-static Member *held_up_member(Team *team, int number, int with_idle) {
-    for (int i = 0; i < team->size; i++) {
-        Member *other = &team->members[i];
-        int phase = atomic_load(&other->phase);
-        if (i != number && phase != OUTSIDE && (with_idle || !atomic_load(&other->idle)) &&
-            is_held_up(&other->known))
-            return other;
+static void watch(Team *team) {
+    int64_t since = nanoseconds();
+    for (int64_t seen = since; straggler(team);) {
+        int64_t now = nanoseconds();
+        if (now - seen > GLANCE)
+            since = now;
+        seen = now;
+        if (now - since < QUIET) {
+            _mm_pause();
+            continue;
+        }
+        Processors here = only(&team->allowed, this_processor());
+        Member *late = straggler(team);
+        if (late)
+            move_member(late, &here);
+        return;
+    }
+}
+
+static void *watcher_main(void *given) {
+    Team *team = given;
+    int ending = !run_when_idle();
+    team->watcher_known = this_thread();
+    atomic_store(&team->is_watched, !ending);
+    while (!ending) {
+        pthread_mutex_lock(&team->lock);
+        while (!team->ending && !atomic_load(&team->watching))
+            pthread_cond_wait(&team->ask, &team->lock);
+        ending = team->ending;
+        pthread_mutex_unlock(&team->lock);
+        watch(team);
+        atomic_store(&team->watching, 0);
     }
     return NULL;
 }
 
-/* Whether a condition holds soon. */
-static int holds_soon(Team *team, Condition holds, int phase) {
-    for (int spin = 0; spin < SPINS; spin++) {
-        if (holds(team, phase))
-            return 1;
-        _mm_pause();
+/* Lend the processor to another member, if there is one that has work to do and none to do it on. */
+static void lend_processor(Team *team, int number) {
+    for (int i = 0; i < team->size; i++) {
+        Member *other = &team->members[i];
+        if (i != number && !atomic_load(&other->idle) && is_held_up(&other->known)) {
+            Processors here = only(&team->allowed, this_processor());
+            move_member(other, &here);
+            return;
+        }
     }
-    return holds(team, phase);
 }
 
-static void sleep_until(Team *team, int number, Condition holds, int phase) {
-    Member *own = &team->members[number];
-    atomic_store(&own->idle, 1);
+/* Return when a condition holds; first awake, then asleep. */
+static void wait_until(Team *team, int number, Condition holds, int phase) {
+    for (int spin = 0; spin < SPINS; spin++) {
+        if (holds(team, phase))
+            return;
+        _mm_pause();
+    }
+    atomic_store(&team->members[number].idle, 1);
+    lend_processor(team, number);
     pthread_mutex_lock(&team->lock);
     atomic_fetch_add(&team->sleepers, 1);
     while (!holds(team, phase))
         pthread_cond_wait(&team->news, &team->lock);
     atomic_fetch_sub(&team->sleepers, 1);
     pthread_mutex_unlock(&team->lock);
-    atomic_store(&own->idle, 0);
-}
-
-/* Give the caller's processor to another member; most often that interrupts the caller. */
-static void lend_processor(Member *other) {
-    int here = this_processor();
-    Processors target = only(&other->team->allowed, here);
-    move_member(other, &target);
-    atomic_store(&other->processor, here);
-}
-
-/* Give one's own processor to another member, and go to the one where that waited.
- *
- * Unless that has made an end of the phase by then.
- */
-static void change_places(Member *own, Member *other, int phase) {
-    Team *team = own->team;
-    int here = this_processor(), there = atomic_load(&other->processor);
-    lend_processor(other);
-    if (is_over(team, phase))
-        return;
-    Processors target = only(&team->allowed, there);
-    if (there == here) {
-        target = team->allowed;
-        leave_out(&target, here);
-    }
-    move_member(own, &target);
-}
-
-/* Return when a phase is over. */
-static void wait_for_others(Team *team, int number, int phase) {
-    for (int patience = PATIENCE; !holds_soon(team, is_over, phase);) {
-        Member *other = held_up_member(team, number, 0);
-        if (other)
-            change_places(&team->members[number], other, phase);
-        else if (!patience--) {
-            sleep_until(team, number, is_over, phase);
-            return;
-        }
-    }
-}
-
-/* Give one's own processor, after the last phase, to the first member if that waits for one. */
-static void call_back(Member *own) {
-    Member *first = &own->team->members[0];
-    if (atomic_load(&first->phase) < atomic_load(&own->phase) && is_held_up(&first->known))
-        lend_processor(first);
-}
-
-/* Return when the caller is the only one in the program. */
-static void wait_for_leaving(Team *team) {
-    for (int patience = PATIENCE; !holds_soon(team, all_have_left, 0);) {
-        Member *other = held_up_member(team, 0, 1);
-        if (other)
-            lend_processor(other);
-        else if (!patience--) {
-            sleep_until(team, 0, all_have_left, 0);
-            return;
-        }
-    }
+    atomic_store(&team->members[number].idle, 0);
 }
 
 /* The next task of a phase; a number past the last one if all are taken. */
@@ -223,10 +226,10 @@ static inline void end_phase(Team *team, int number, int phase, int done, int ta
         atomic_store(&team->over, phase + 1);
         tell(team);
     } else if (tasks)
-        wait_for_others(team, number, phase);
+        wait_until(team, number, is_over, phase);
     note_place(&team->members[number], phase + 1);
     if (phase % LOOK_EACH == 0)
-        spread(team, phase + 1);
+        look_after(team, phase + 1);
 }
 
 static void *member_main(void *given) {
@@ -239,7 +242,7 @@ static void *member_main(void *given) {
     pthread_mutex_unlock(&team->lock);
     for (int seen = 0;;) {
         pthread_mutex_lock(&team->lock);
-        while (!team->ending && (!team->open || team->round == seen))
+        while (!team->ending && (!atomic_load(&team->open) || team->round == seen))
             pthread_cond_wait(&team->wake, &team->lock);
         seen = team->round;
         int ending = team->ending;
@@ -251,7 +254,6 @@ static void *member_main(void *given) {
         note_place(own, 0);
         atomic_store(&own->idle, 0);
         team->program(team, own->number, team->argument);
-        call_back(own);
         atomic_store(&own->phase, OUTSIDE);
         atomic_store(&own->idle, 1);
         atomic_fetch_sub(&team->inside, 1);
@@ -261,7 +263,7 @@ static void *member_main(void *given) {
 
 static void open_round(Team *team, int open) {
     pthread_mutex_lock(&team->lock);
-    team->open = open;
+    atomic_store(&team->open, open);
     if (open) {
         team->round++;
         pthread_cond_broadcast(&team->wake);
@@ -276,7 +278,6 @@ static void open_round(Team *team, int open) {
 static void run_together(Team *team, Program program, void *argument) {
     memset(team->phases, 0, (size_t)team->most_phases * sizeof *team->phases);
     atomic_store(&team->over, 0);
-    team->allowed = allowed_processors();
     for (int i = 1; i < team->size; i++)
         atomic_store(&team->members[i].phase, CALLED);
     team->members[0].known = this_thread();
@@ -286,18 +287,22 @@ static void run_together(Team *team, Program program, void *argument) {
     open_round(team, 1);
     program(team, 0, argument);
     open_round(team, 0);
-    wait_for_leaving(team);
+    wait_until(team, 0, all_have_left, 0);
 }
 
 static void end_team(Team *team) {
     pthread_mutex_lock(&team->lock);
     team->ending = 1;
     pthread_cond_broadcast(&team->wake);
+    pthread_cond_signal(&team->ask);
     pthread_mutex_unlock(&team->lock);
+    if (team->has_watcher)
+        pthread_join(team->watcher, NULL);
     for (int i = 1; i < team->size; i++)
         pthread_join(team->members[i].thread, NULL);
     pthread_cond_destroy(&team->wake);
     pthread_cond_destroy(&team->news);
+    pthread_cond_destroy(&team->ask);
     pthread_mutex_destroy(&team->lock);
     free(team->members);
     free(team->phases);
@@ -324,7 +329,9 @@ static Team *make_team(int size, int most_phases) {
     pthread_mutex_init(&team->lock, NULL);
     pthread_cond_init(&team->wake, NULL);
     pthread_cond_init(&team->news, NULL);
+    pthread_cond_init(&team->ask, NULL);
     members[0].team = team;
+    team->allowed = allowed_processors();
     for (team->size = 1; team->size < size; team->size++) {
         Member *member = &members[team->size];
         member->team = team;
@@ -338,6 +345,11 @@ static Team *make_team(int size, int most_phases) {
         pthread_cond_wait(&team->news, &team->lock);
     pthread_mutex_unlock(&team->lock);
     return team;
+}
+
+/* Have a team's stragglers looked after, which takes a thread. */
+static void watch_over(Team *team) {
+    team->has_watcher = team->size > 1 && !pthread_create(&team->watcher, NULL, watcher_main, team);
 }
 
 #endif
