@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-# A step may take nearly as much longer for the prompts that are read beside it; what they really
+# A step may take this much longer for the prompts that are read beside it; what they really
 # take differs from what was learned.
-_STEPS_PER_PIECE = 0.95
+_STEPS_PER_PIECE = 0.8
 # Where no answer waits for its next token, who comes meanwhile waits no longer than this.
 _MOST_SECONDS = 0.25
 _LEAST_TOKENS = 8

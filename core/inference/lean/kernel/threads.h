@@ -27,7 +27,7 @@ enum { LOOK_EACH = 4, BEHIND = 2 };
 /* In nanoseconds: how long a processor must have been idle to take a thread that has fallen behind,
  * and how long the one who looks after that may be interrupted without noticing it.
  */
-enum { QUIET = 400 * 1000, GLANCE = 20 * 1000 };
+enum { QUIET = 1000 * 1000, GLANCE = 20 * 1000 };
 
 /* A member that has not yet come in, and one that has left, as if it was before or behind all phases. */
 enum { CALLED = -BEHIND, OUTSIDE = INT_MAX };
