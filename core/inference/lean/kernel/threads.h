@@ -60,7 +60,6 @@ struct Team {
     pthread_mutex_t lock;
     pthread_cond_t wake, news, ask;
     Processors allowed; /* to whoever made the team */
-    pthread_t watcher;
     Thread watcher_known; /* to the system */
     int has_watcher;
     _Atomic int is_watched; /* the watcher is known */
@@ -72,6 +71,7 @@ struct Team {
     int round; /* of programs */
     int ready; /* members that wait for a round, or are in one */
     int ending;
+    int is_left; /* by all but the watcher */
 };
 
 typedef int (*Condition)(Team *team, int phase);
@@ -168,20 +168,34 @@ static void watch(Team *team) {
     }
 }
 
+static void free_team(Team *team) {
+    pthread_cond_destroy(&team->wake);
+    pthread_cond_destroy(&team->news);
+    pthread_cond_destroy(&team->ask);
+    pthread_mutex_destroy(&team->lock);
+    free(team->members);
+    free(team->phases);
+    free(team);
+}
+
+/* The last one to leave the team: nobody waits for it, as it may wait long for a processor. */
 static void *watcher_main(void *given) {
     Team *team = given;
-    int ending = !run_when_idle();
+    int is_able = run_when_idle();
     team->watcher_known = this_thread();
-    atomic_store(&team->is_watched, !ending);
-    while (!ending) {
+    atomic_store(&team->is_watched, is_able);
+    for (;;) {
         pthread_mutex_lock(&team->lock);
-        while (!team->ending && !atomic_load(&team->watching))
+        while (!team->is_left && !atomic_load(&team->watching))
             pthread_cond_wait(&team->ask, &team->lock);
-        ending = team->ending;
+        int is_left = team->is_left;
         pthread_mutex_unlock(&team->lock);
+        if (is_left)
+            break;
         watch(team);
         atomic_store(&team->watching, 0);
     }
+    free_team(team);
     return NULL;
 }
 
@@ -294,19 +308,17 @@ static void end_team(Team *team) {
     pthread_mutex_lock(&team->lock);
     team->ending = 1;
     pthread_cond_broadcast(&team->wake);
-    pthread_cond_signal(&team->ask);
     pthread_mutex_unlock(&team->lock);
-    if (team->has_watcher)
-        pthread_join(team->watcher, NULL);
     for (int i = 1; i < team->size; i++)
         pthread_join(team->members[i].thread, NULL);
-    pthread_cond_destroy(&team->wake);
-    pthread_cond_destroy(&team->news);
-    pthread_cond_destroy(&team->ask);
-    pthread_mutex_destroy(&team->lock);
-    free(team->members);
-    free(team->phases);
-    free(team);
+    if (!team->has_watcher) {
+        free_team(team);
+        return;
+    }
+    pthread_mutex_lock(&team->lock);
+    team->is_left = 1;
+    pthread_cond_signal(&team->ask);
+    pthread_mutex_unlock(&team->lock);
 }
 
 /* Return a team, smaller than wanted where the system gives no more threads; NULL without memory.
@@ -349,7 +361,10 @@ static Team *make_team(int size, int most_phases) {
 
 /* Have a team's stragglers looked after, which takes a thread. */
 static void watch_over(Team *team) {
-    team->has_watcher = team->size > 1 && !pthread_create(&team->watcher, NULL, watcher_main, team);
+    pthread_t watcher;
+    team->has_watcher = team->size > 1 && !pthread_create(&watcher, NULL, watcher_main, team);
+    if (team->has_watcher)
+        pthread_detach(watcher);
 }
 
 #endif
