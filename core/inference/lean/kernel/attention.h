@@ -166,39 +166,26 @@ INLINE int on_page(const Heads *t, int first) {
     return t->positions - first < t->page ? t->positions - first : t->page;
 }
 
-INLINE __m256 keys8(const void *page, size_t place, size_t stride, int half) {
-    (void)stride;
-    return load8(page, place, half);
-}
-
-INLINE __m256 eight_of_8(__m256 sums, int which) {
-    (void)which;
-    return sums;
-}
-
-/* `attend`, in registers of eight numbers. */
-#define VECTOR __m256
-#define LANES 8
-#define TARGET
-#define NAMED(name) name
-#define ZERO _mm256_setzero_ps
-#define LOAD load8
-#define LOAD_FLOATS _mm256_loadu_ps
-#define BROADCAST _mm256_broadcast_ss
-#define FMADD _mm256_fmadd_ps
-#define STORE _mm256_storeu_ps
-#define KEYS keys8
-#define QUERY _mm256_loadu_ps
-#define EIGHT eight_of_8
-#include "heads.h"
-
 AVX512 INLINE __m512 side_by_side(__m256 low, __m256 high) {
     return _mm512_castpd_ps(_mm512_insertf64x4(
         _mm512_castps_pd(_mm512_castps256_ps512(low)), _mm256_castps_pd(high), 1));
 }
 
-/* Eight numbers each of two neighbouring positions. */
-AVX512 INLINE __m512 keys16(const void *page, size_t place, size_t stride, int half) {
+/* How eight numbers of neighbouring positions lie in one vector: those of one position, */
+INLINE __m256 load_keys(const void *page, size_t place, size_t stride, int half) {
+    (void)stride;
+    return load8(page, place, half);
+}
+
+INLINE __m256 load_query(const float *numbers) { return _mm256_loadu_ps(numbers); }
+
+INLINE __m256 eight_of(__m256 sums, int which) {
+    (void)which;
+    return sums;
+}
+
+/* and those of two. */
+AVX512 INLINE __m512 load_keys_512(const void *page, size_t place, size_t stride, int half) {
     if (!half)
         return side_by_side(load8(page, place, 0), load8(page, place + stride, 0));
     const __m128i *low = (const __m128i *)((const uint16_t *)page + place);
@@ -207,30 +194,26 @@ AVX512 INLINE __m512 keys16(const void *page, size_t place, size_t stride, int h
         _mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1));
 }
 
-AVX512 INLINE __m512 query16(const float *numbers) {
+AVX512 INLINE __m512 load_query_512(const float *numbers) {
     return _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(_mm256_loadu_ps(numbers))));
 }
 
-AVX512 INLINE __m256 eight_of_16(__m512 sums, int which) {
+AVX512 INLINE __m256 eight_of_512(__m512 sums, int which) {
     __m512d both = _mm512_castps_pd(sums);
     return which ? _mm256_castpd_ps(_mm512_extractf64x4_pd(both, 1)) : _mm512_castps512_ps256(sums);
 }
 
-/* `attend_512`, in registers of twice the width, of which there are twice as many. */
-#define VECTOR __m512
-#define LANES 16
-#define TARGET AVX512
-#define NAMED(name) name##_512
-#define ZERO _mm512_setzero_ps
-#define LOAD load16
-#define LOAD_FLOATS _mm512_loadu_ps
-#define BROADCAST broadcast16
-#define FMADD _mm512_fmadd_ps
-#define STORE _mm512_storeu_ps
-#define KEYS keys16
-#define QUERY query16
-#define EIGHT eight_of_16
+/* `attend`, in registers of eight numbers, */
+#define LANES 8
+#include "vectors.h"
 #include "heads.h"
+#undef LANES
+
+/* and `attend_512`, in registers of twice the width, of which there are twice as many. */
+#define LANES 16
+#include "vectors.h"
+#include "heads.h"
+#undef LANES
 
 /* One function for each number of heads and type of cache. */
 #define ATTEND(heads, half)                                                                       \

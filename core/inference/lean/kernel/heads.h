@@ -1,9 +1,8 @@
 /* Attention of neighbouring query heads over the pages of a row.
  *
- * `attention.h` includes this once for each width of vectors, and says what VECTOR, LANES, TARGET,
- * NAMED, ZERO, LOAD, LOAD_FLOATS, BROADCAST, FMADD and STORE are, and of KEYS, QUERY and EIGHT, how
- * eight numbers of neighbouring positions lie in one vector. A score is the sum of the same eights in
- * any width, and a result the sum over the positions in their order.
+ * `attention.h` includes this once for each width of vectors (`vectors.h`), and says how eight numbers
+ * of neighbouring positions lie in one vector. A score is the sum of the same eights in any width, and
+ * a result the sum over the positions in their order.
  */
 
 /* Scores of the heads for the first positions of a page, four at a time. */
@@ -26,17 +25,17 @@ TARGET INLINE void NAMED(score)(const Heads *t, const void *page, int positions,
         for (int i = 0; i < t->width; i += 8)
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; j++) {
-                VECTOR keys = KEYS(page, place + j * AT_ONCE * t->stride + i, t->stride, half);
+                VECTOR keys = NAMED(load_keys)(page, place + j * AT_ONCE * t->stride + i, t->stride, half);
 #pragma GCC unroll 3
                 for (int h = 0; h < heads; h++)
-                    sum[h][j] = FMADD(QUERY(t->queries + h * t->width + i), keys, sum[h][j]);
+                    sum[h][j] = FMADD(NAMED(load_query)(t->queries + h * t->width + i), keys, sum[h][j]);
             }
 #pragma GCC unroll 3
         for (int h = 0; h < heads; h++) {
             __m256 eight[4];
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++)
-                eight[j] = EIGHT(sum[h][j / AT_ONCE], j % AT_ONCE);
+                eight[j] = NAMED(eight_of)(sum[h][j / AT_ONCE], j % AT_ONCE);
             __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(eight[0], eight[1]),
                                           _mm256_hadd_ps(eight[2], eight[3]));
             __m128 all = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
@@ -98,17 +97,3 @@ TARGET INLINE void NAMED(attend)(const Heads *t, const int heads, const int half
     for (; i < t->width; i += LANES)
         NAMED(mix_columns)(t, i, 1, heads, half);
 }
-
-#undef VECTOR
-#undef LANES
-#undef TARGET
-#undef NAMED
-#undef ZERO
-#undef LOAD
-#undef LOAD_FLOATS
-#undef BROADCAST
-#undef FMADD
-#undef STORE
-#undef KEYS
-#undef QUERY
-#undef EIGHT

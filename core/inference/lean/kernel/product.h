@@ -35,17 +35,6 @@ typedef struct {
     const Tiles *tiles; /* what computes it */
 } Product;
 
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE int row_of(const Product *p, int index) { return p->rows ? p->rows[index] : index; }
-
-INLINE int panels_of(const Matrix *m) { return (m->out + PANEL - 1) / PANEL; }
-
-INLINE __m256 load8(const void *data, size_t index, int half) {
-    return half ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)data + index)))
-                : _mm256_loadu_ps((const float *)data + index);
-}
-
 /* What a tile computes, and which weights it has fetched from memory in the meantime. */
 typedef struct {
     const void *data;
@@ -60,39 +49,21 @@ typedef struct {
 
 typedef void (*Tile)(const TileWork *);
 
-/* `add_up`, in registers of eight numbers. */
-#define VECTOR __m256
+/* `add_up`, in registers of eight numbers, */
 #define LANES 8
-#define TARGET
-#define NAMED(name) name
-#define ZERO _mm256_setzero_ps
-#define LOAD load8
-#define BROADCAST _mm256_broadcast_ss
-#define FMADD _mm256_fmadd_ps
-#define STORE _mm256_storeu_ps
+#include "vectors.h"
 #include "tile.h"
+#undef LANES
 
-#define AVX512 __attribute__((target("avx512f")))
-
-AVX512 INLINE __m512 load16(const void *data, size_t index, int half) {
-    const uint16_t *halves = (const uint16_t *)data + index;
-    return half ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves))
-                : _mm512_loadu_ps((const float *)data + index);
-}
-
-AVX512 INLINE __m512 broadcast16(const float *number) { return _mm512_set1_ps(*number); }
-
-/* `add_up_512`, in registers of twice the width, of which there are twice as many. */
-#define VECTOR __m512
+/* and `add_up_512`, in registers of twice the width, of which there are twice as many. */
 #define LANES 16
-#define TARGET AVX512
-#define NAMED(name) name##_512
-#define ZERO _mm512_setzero_ps
-#define LOAD load16
-#define BROADCAST broadcast16
-#define FMADD _mm512_fmadd_ps
-#define STORE _mm512_storeu_ps
+#include "vectors.h"
 #include "tile.h"
+#undef LANES
+
+INLINE int row_of(const Product *p, int index) { return p->rows ? p->rows[index] : index; }
+
+INLINE int panels_of(const Matrix *m) { return (m->out + PANEL - 1) / PANEL; }
 
 /* One function for each shape that fits into the registers. */
 #define TILE(rows, panels, half)                                                                  \

@@ -1,8 +1,7 @@
 /* The sums of some rows and neighbouring panels, which stay in registers throughout.
  *
- * `product.h` includes this once for each width of vectors, and says what VECTOR, LANES, TARGET,
- * NAMED, ZERO, LOAD, BROADCAST, FMADD and STORE are: the algorithm is one, so that the order of the
- * sums is, too.
+ * `product.h` includes this once for each width of vectors (`vectors.h`): the algorithm is one, so that
+ * the order of the sums is, too.
  */
 TARGET INLINE void NAMED(add_up)(const int rows, const int panels, const int half,
                                  const TileWork *t) {
@@ -41,13 +40,3 @@ TARGET INLINE void NAMED(add_up)(const int rows, const int panels, const int hal
         for (int j = 0; j < EACH * panels; j++)
             STORE(t->sums[r] + LANES * j, sum[r][j]);
 }
-
-#undef VECTOR
-#undef LANES
-#undef TARGET
-#undef NAMED
-#undef ZERO
-#undef LOAD
-#undef BROADCAST
-#undef FMADD
-#undef STORE
