@@ -61,7 +61,7 @@ class _Packing(Structure):
 
 
 class Lora(Structure):
-    """See `kernel/step.c`."""
+    """See `kernel/pieces.h`."""
 
     _fields_ = [(name, Matrix) for name in LayerAdapters._fields]
 

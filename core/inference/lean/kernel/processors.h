@@ -9,11 +9,12 @@
 #ifndef TUNESMITH_PROCESSORS_H
 #define TUNESMITH_PROCESSORS_H
 
+#include <stdint.h>
+
 #ifdef __linux__
 #include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
-#include <stdint.h>
 #include <time.h>
 #include <unistd.h>
 

@@ -10,7 +10,6 @@
 #define TUNESMITH_THREADS_H
 
 #include <immintrin.h>
-#include <limits.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -29,8 +28,8 @@ enum { LOOK_EACH = 4, BEHIND = 2 };
  */
 enum { QUIET = 1000 * 1000, GLANCE = 20 * 1000 };
 
-/* A member that has not yet come in, and one that has left, as if it was before or behind all phases. */
-enum { CALLED = -BEHIND, OUTSIDE = INT_MAX };
+/* The phase of a member that has not yet come in: behind whoever goes through the first one. */
+enum { CALLED = -BEHIND };
 
 typedef struct Team Team;
 typedef void (*Program)(Team *team, int member, void *argument);
@@ -46,7 +45,7 @@ typedef struct {
     pthread_t thread;
     Thread known; /* to the system */
     _Atomic int idle;
-    _Atomic int phase;     /* that it goes through, or CALLED, or OUTSIDE */
+    _Atomic int phase;     /* that it goes through, or CALLED */
     _Atomic int processor; /* that it was last seen on */
 } Member;
 
@@ -92,8 +91,11 @@ static void tell(Team *team) {
     pthread_mutex_unlock(&team->lock);
 }
 
-static void move_member(Member *member, const Processors *some) {
-    (void)move_to(&member->known, some, &member->team->allowed);
+/* Move a member to the caller's processor, unless it may not run there; it may leave it at once. */
+static void bring_here(Member *member) {
+    const Processors *allowed = &member->team->allowed;
+    Processors here = only(allowed, this_processor());
+    (void)move_to(&member->known, &here, allowed);
 }
 
 /* Note where a member is. */
@@ -111,8 +113,12 @@ static Processors free_processors(Team *team, int phase) {
     return rest;
 }
 
-static int is_behind(Team *team, const Member *member, int phase) {
-    return atomic_load(&team->open) && phase - atomic_load(&member->phase) >= BEHIND;
+/* A member that has fallen behind the others, who go through a phase; NULL if there is none. */
+static Member *straggler(Team *team, int phase) {
+    for (int i = 0; i < team->size && atomic_load(&team->open); i++)
+        if (phase - atomic_load(&team->members[i].phase) >= BEHIND)
+            return &team->members[i];
+    return NULL;
 }
 
 /* Have it looked for a processor for those that have fallen behind.
@@ -121,27 +127,15 @@ static int is_behind(Team *team, const Member *member, int phase) {
  * on the same processor, and the system leaves it there although another one is idle.
  */
 static void look_after(Team *team, int phase) {
-    if (!atomic_load(&team->is_watched) || atomic_load(&team->watching))
+    if (!atomic_load(&team->is_watched) || atomic_load(&team->watching) || !straggler(team, phase))
         return;
-    for (int i = 0; i < team->size; i++)
-        if (is_behind(team, &team->members[i], phase)) {
-            Processors rest = free_processors(team, phase);
-            if (!move_to(&team->watcher_known, &rest, &rest))
-                return;
-            pthread_mutex_lock(&team->lock);
-            atomic_store(&team->watching, 1);
-            pthread_cond_signal(&team->ask);
-            pthread_mutex_unlock(&team->lock);
-            return;
-        }
-}
-
-/* A member that has fallen behind; NULL if there is none. */
-static Member *straggler(Team *team) {
-    for (int i = 0; i < team->size; i++)
-        if (is_behind(team, &team->members[i], atomic_load(&team->over)))
-            return &team->members[i];
-    return NULL;
+    Processors rest = free_processors(team, phase);
+    if (!move_to(&team->watcher_known, &rest, &rest))
+        return;
+    pthread_mutex_lock(&team->lock);
+    atomic_store(&team->watching, 1);
+    pthread_cond_signal(&team->ask);
+    pthread_mutex_unlock(&team->lock);
 }
 
 /* Bring a straggler to the caller's processor, once nobody else has used that for a while.
@@ -150,21 +144,17 @@ static Member *straggler(Team *team) {
  * them wait.
  */
 static void watch(Team *team) {
-    int64_t since = nanoseconds();
-    for (int64_t seen = since; straggler(team);) {
+    int64_t since = nanoseconds(), seen = since;
+    for (Member *late; (late = straggler(team, atomic_load(&team->over)));) {
         int64_t now = nanoseconds();
         if (now - seen > GLANCE)
             since = now;
         seen = now;
-        if (now - since < QUIET) {
-            _mm_pause();
-            continue;
+        if (now - since >= QUIET) {
+            bring_here(late);
+            return;
         }
-        Processors here = only(&team->allowed, this_processor());
-        Member *late = straggler(team);
-        if (late)
-            move_member(late, &here);
-        return;
+        _mm_pause();
     }
 }
 
@@ -204,8 +194,7 @@ static void lend_processor(Team *team, int number) {
     for (int i = 0; i < team->size; i++) {
         Member *other = &team->members[i];
         if (i != number && !atomic_load(&other->idle) && is_held_up(&other->known)) {
-            Processors here = only(&team->allowed, this_processor());
-            move_member(other, &here);
+            bring_here(other);
             return;
         }
     }
@@ -268,7 +257,6 @@ static void *member_main(void *given) {
         note_place(own, 0);
         atomic_store(&own->idle, 0);
         team->program(team, own->number, team->argument);
-        atomic_store(&own->phase, OUTSIDE);
         atomic_store(&own->idle, 1);
         atomic_fetch_sub(&team->inside, 1);
         tell(team);
