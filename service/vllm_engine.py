@@ -25,6 +25,7 @@ from core.inference.engine import (
     GenerateRequest,
     ResidentAdapter,
     Started,
+    too_late,
 )
 from core.memory_limits import usable_memory_bytes
 from service.vllm_engine_adapters import Hold, VllmAdapters, name_of
@@ -33,7 +34,7 @@ from service.vllm_engine_fields import completion_body
 from service.vllm_engine_front import FrontProcess
 from service.vllm_engine_http import ModelCard, ModelMissing, VllmServer, parse_vllm_address
 from service.vllm_engine_plain import PlainModels
-from service.vllm_engine_stream import Clock, Totals, VllmStream, too_late
+from service.vllm_engine_stream import Clock, Totals, VllmStream
 from service.vllm_engine_turns import Turns
 
 _UNLIMITED_CONTEXT = 2**31

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import httpx2
 
-from core.errors import TunesmithError, Unavailable, to_wire
+from core.errors import TunesmithError, to_wire
 from core.inference.engine import (
     Done,
     EngineEvent,
@@ -25,6 +25,7 @@ from core.inference.engine import (
     Started,
     Timings,
     engine_lost,
+    too_late,
 )
 from core.inference.generation import Answer, TokenChoice
 
@@ -230,12 +231,3 @@ def _reason(stated: str | None) -> FinishReason | None:
 def _best(top: dict[str, float]) -> list[tuple[int, float]]:
     entries = [(int(name.removeprefix(_TOKEN_PREFIX)), value) for name, value in top.items()]
     return sorted(entries, key=lambda entry: (-entry[1], entry[0]))
-
-
-def too_late() -> Unavailable:
-    """Return the error of a request whose deadline has passed."""
-    return Unavailable(
-        "the request was not complete within its deadline",
-        code="deadline_exceeded",
-        hint="Allow more time, ask for fewer tokens, or send the request again later.",
-    )

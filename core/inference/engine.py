@@ -348,6 +348,15 @@ def engine_lost() -> Unavailable:
     )
 
 
+def too_late() -> Unavailable:
+    """Return the error of a request whose deadline has passed."""
+    return Unavailable(
+        "the request was not complete within its deadline",
+        code="deadline_exceeded",
+        hint="Allow more time, ask for fewer tokens, or send the request again later.",
+    )
+
+
 def parse_engine_address(address: str) -> Path | tuple[str, int]:
     """Return where an engine is: the path of its socket, or host and port.
 

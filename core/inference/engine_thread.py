@@ -24,7 +24,7 @@ from core.inference.adapter_bank import AdapterBank, AdapterKey
 from core.inference.base_shelf import BaseShelf
 from core.inference.budgets import Budgets
 from core.inference.chunks import Chosen, Chunk, choose, compute, next_pass, prompt_tokens
-from core.inference.engine import EngineStatus
+from core.inference.engine import EngineStatus, too_late
 from core.inference.prefill_pace import PrefillPace
 from core.inference.prefix_store import PrefixStore
 from core.inference.preparation import Callbacks, Preparation, deliberate
@@ -294,7 +294,7 @@ class EngineThread:
         while self._deadlines and self._deadlines[0][0] <= now:
             work = heapq.heappop(self._deadlines)[2]()
             if work is not None and not (work.ended or work.cancelled):
-                work.fail(_too_late())
+                work.fail(too_late())
                 self.cancel(work)
         if self._give_back_at is not None and self._give_back_at <= now:
             self._give_back_at = None
@@ -414,11 +414,3 @@ def _run_command(function: Callable[[], Any], future: Future[Any] | None) -> Non
 
 def _stopped() -> Unavailable:
     return Unavailable("the engine has stopped", code="engine_unavailable")
-
-
-def _too_late() -> Unavailable:
-    return Unavailable(
-        "the request was not complete within its deadline",
-        code="deadline_exceeded",
-        hint="Allow more time, ask for fewer tokens, or send the request again later.",
-    )
