@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from core.data.golden import golden_token_ids
@@ -16,6 +16,7 @@ from core.data.rendering import (
     render_row,
 )
 from core.data.schema import Example
+from core.data.templates import control_tokens
 from core.errors import InvalidInput
 from tests.support.tiny_model import CHATML, make_tokenizer
 
@@ -66,15 +67,15 @@ def test_what_precedes_an_answer_is_the_prompt_that_serving_renders(tokenizer: A
         assert row.labels[len(ids)] == row.input_ids[len(ids)]
 
 
-# Control tokens are refused, and Hypothesis knows them from the sources.
-PLAIN_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
-    lambda text: not any(token in text for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
-)
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(question=PLAIN_TEXT, answer=PLAIN_TEXT)
+@given(
+    question=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+    answer=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+)
 def test_any_text_is_trained_as_it_is(tokenizer: Any, question: str, answer: str) -> None:
+    # These are refused, and Hypothesis knows some of them from the sources.
+    for token in control_tokens(tokenizer):
+        assume(token not in question and token not in answer)
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     row = render_row(Example(messages=turns), tokenizer)
     assert trained_runs(row, tokenizer) == [answer + "<|im_end|>"]
