@@ -143,9 +143,11 @@ INLINE void store(const Product *p, int index, int column, const float *sums, in
     }
 }
 
+INLINE int block_count(int rows, int most) { return (rows + most - 1) / most; }
+
 /* Rows in blocks of about the same size, as a block of few rows leaves registers unused. */
 INLINE int block_rows(int rows, int most) {
-    int blocks = (rows + most - 1) / most;
+    int blocks = block_count(rows, most);
     return (rows + blocks - 1) / blocks;
 }
 
@@ -189,18 +191,32 @@ static void multiply(const Product *p, int first, int last) {
     }
 }
 
-/* Products of one phase, in tasks of some panels each. */
-enum { MOST_PANELS = 48 };
+/* Products of one phase, in tasks of some panels each.
+ *
+ * Taking a task costs a line that goes from processor to processor, so one has some numbers to
+ * compute with at least: short matrices, such as those of adapters, are hardly divided.
+ */
+enum { MOST_PANELS = 48, LEAST_NUMBERS = 24576 };
 
 typedef struct {
     Product product;
     int panels_each, tasks;
 } Share;
 
+/* Panels of a task that is worth taking, so that tasks are of about the same size. */
+INLINE int least_panels(const Product *p) {
+    int panels = panels_of(p->matrix);
+    int64_t numbers = (int64_t)panels * PANEL * p->matrix->in;
+    int64_t tasks = numbers * block_count(p->count, p->tiles->rows) / LEAST_NUMBERS;
+    return tasks > 1 ? (int)((panels + tasks - 1) / tasks) : panels;
+}
+
 INLINE Share share(Product product, int members) {
-    int panels = panels_of(product.matrix);
+    int panels = panels_of(product.matrix), least = least_panels(&product);
     int each = panels / (members * 6);
     each = each < 3 ? 3 : each > MOST_PANELS ? MOST_PANELS : each / 6 * 6 > 0 ? each / 6 * 6 : 3;
+    if (each < least)
+        each = least;
     return (Share){product, each, (panels + each - 1) / each};
 }
 
