@@ -59,8 +59,9 @@ def next_pass(
     for work in scheduler.decoding:
         own = chunks.setdefault(id(work.base), [])
         own += [Chunk(work, line.row, (line.last_token,), line) for line in work.live_lines()]
-    tokens_left = pace.tokens(others_wait=bool(chunks))
-    for work in _read_next(scheduler, prefixes, fail):
+    reading = _read_next(scheduler, prefixes, fail)
+    tokens_left = pace.tokens(answers=sum(map(len, chunks.values())), prompts=len(reading))
+    for work in reading:
         if tokens_left <= 0:
             break
         piece = work.next_piece(tokens_left)

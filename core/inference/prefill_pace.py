@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-# A step may take this much longer for the prompts that are read beside it; what they really
-# take differs from what was learned.
-_STEPS_PER_PIECE = 0.8
-# Where no answer waits for its next token, who comes meanwhile waits no longer than this.
+# A step may take this much longer for a prompt that is read beside it; what that really takes
+# differs from what was learned.
+_STEPS_PER_PIECE = 0.75
+# Where no answer waits for its next token, who comes meanwhile waits no longer than this;
 _MOST_SECONDS = 0.25
+# and no answer waits longer than this for many prompts, unless a step takes longer itself.
+_MOST_SECONDS_BESIDE = 0.1
 _LEAST_TOKENS = 8
 _MOST_TOKENS = 512
 _FIRST_TOKENS = 64
@@ -20,16 +22,22 @@ class PrefillPace:
         self._step_seconds: float | None = None
         self._token_seconds: float | None = None
 
-    def tokens(self, *, others_wait: bool) -> int:
+    def tokens(self, *, answers: int, prompts: int) -> int:
         """Return how many prompt tokens to compute in a pass.
 
+        Where prompts outnumber answers, as when many requests come at once, a pass reads for so
+        many more of them: the answer that is first must not hold up all the others.
+
         Args:
-            others_wait: Whether answers are being generated meanwhile.
+            answers: That are being generated meanwhile.
+            prompts: That are being read.
         """
-        if self._token_seconds is None or (others_wait and self._step_seconds is None):
-            return _FIRST_TOKENS if others_wait else _MOST_TOKENS
-        step = self._step_seconds if others_wait else None
-        seconds = _MOST_SECONDS if step is None else _STEPS_PER_PIECE * step
+        if self._token_seconds is None or (answers and self._step_seconds is None):
+            return _FIRST_TOKENS if answers else _MOST_TOKENS
+        seconds = _MOST_SECONDS
+        if answers and self._step_seconds is not None:
+            piece = _STEPS_PER_PIECE * self._step_seconds
+            seconds = max(piece, min(piece * prompts / answers, _MOST_SECONDS_BESIDE))
         return min(max(int(seconds / self._token_seconds), _LEAST_TOKENS), _MOST_TOKENS)
 
     def note_pass(self, seconds: float, *, answers: int, prompt_tokens: int) -> None:
