@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import Depends, Request
+from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from core import auth
 from core.errors import Unauthorized
@@ -24,8 +25,7 @@ _bearer = HTTPBearer(
 )
 
 
-def authenticate(
-    request: Request,
+async def authenticate(
     services: ServicesDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
@@ -41,7 +41,7 @@ def authenticate(
             "this service needs an API key",
             hint="Send the header 'Authorization: Bearer tsk_…'.",
         )
-    return _known_principal(services, credentials.credentials)
+    return await run_in_threadpool(_known_principal, services, credentials.credentials)
 
 
 def _known_principal(services: Services, secret: str) -> Principal:
@@ -55,7 +55,7 @@ class _Requires:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def __call__(self, principal: Annotated[Principal, Depends(authenticate)]) -> Principal:
+    async def __call__(self, principal: Annotated[Principal, Depends(authenticate)]) -> Principal:
         principal.require(self._scope)
         return principal
 

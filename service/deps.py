@@ -43,7 +43,9 @@ class Services:
     stopping: Event = field(default_factory=Event)
 
 
-def get_services(request: Request) -> Services:
+# On the event loop: a dependency that is no coroutine function is run in a thread of the pool, and
+# each way there and back waits for a processor where the engine and a trainer use all of them.
+async def get_services(request: Request) -> Services:
     """Return the parts of the service."""
     services: Services = request.app.state.services
     return services
