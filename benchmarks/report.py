@@ -24,7 +24,7 @@ class Measurement:
     Attributes:
         work: What was done.
         unit: Of both figures, such as `tokens/s` or `ms`.
-        ours: Samples of ours.
+        ours: Samples of ours; those of which there is nothing to tell are missing.
         peer: Samples of the peer's; empty where there is none.
         peer_name: What the peer is, with its precision.
     """
@@ -38,7 +38,7 @@ class Measurement:
     @property
     def ratio(self) -> float | None:
         """Ours over the peer's, by medians."""
-        if not self.peer or not statistics.median(self.peer):
+        if not self.ours or not self.peer or not statistics.median(self.peer):
             return None
         return statistics.median(self.ours) / statistics.median(self.peer)
 
@@ -69,12 +69,16 @@ def _print(measurements: Sequence[Measurement]) -> None:
     for measured in measurements:
         table.add_row(
             measured.work,
-            f"{statistics.median(measured.ours):.1f} {measured.unit}",
-            f"{statistics.median(measured.peer):.1f} {measured.unit}" if measured.peer else "",
+            _median(measured.ours, measured.unit),
+            _median(measured.peer, measured.unit),
             f"{measured.ratio:.2f}" if measured.ratio else "",
             measured.peer_name,
         )
     Console(width=150).print(table)
+
+
+def _median(samples: Sequence[float], unit: str) -> str:
+    return f"{statistics.median(samples):.1f} {unit}" if samples else ""
 
 
 def _write(measurements: Sequence[Measurement], path: Path, versions: Mapping[str, str]) -> None:

@@ -36,7 +36,7 @@ def measure(bench: Bench) -> list[Measurement]:
         for number in range(bench.rounds + 1):
             for work, adapters in _WORKS.items():
                 title = f"{work}, decoding over HTTP"
-                rates = {
+                rates: dict[str, float | None] = {
                     side.name: decode_rate(
                         side.run(
                             make_asks(bench.prompts.short(len(adapters)), adapters, NEW_TOKENS)

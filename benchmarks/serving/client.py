@@ -11,12 +11,15 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import uvloop
 
 from benchmarks.serving.prompts import Prompt
+
+# Of each row: fewer say nothing about a rate.
+_LEAST_TOKENS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -186,20 +189,19 @@ def whole_rate(answers: Sequence[Answer]) -> float:
     return sum(answer.tokens for answer in answers) / seconds
 
 
-def decode_rate(answers: Sequence[Answer]) -> float:
-    """Return tokens per second while all rows are computed side by side, 0 if they never are.
+def decode_rate(answers: Sequence[Answer]) -> float | None:
+    """Return tokens per second while all rows are computed side by side.
 
-    That is from the moment when the last of them has its first token until the first of them ends.
+    That is from the moment when the last of them has its first token until the first of them ends;
+    `None` if none or hardly any of their tokens come in that time.
     """
     start = max(answer.times[0] for answer in answers)
     end = min(answer.times[-1] for answer in answers)
-    if end <= start:
-        return 0.0
     tokens = 0.0
     for answer in answers:
         pieces = sum(start < time_ <= end for time_ in answer.times)
         tokens += pieces * answer.tokens / len(answer.times)
-    return tokens / (end - start)
+    return tokens / (end - start) if tokens >= _LEAST_TOKENS * len(answers) else None
 
 
 def prompt_rate(answers: Sequence[Answer]) -> float:

@@ -55,10 +55,13 @@ class Samples:
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], dict[str, list[float]]] = {}
 
-    def add(self, work: str, unit: str, side: str, figure: float) -> None:
-        """Keep one figure, and show it: a run takes long."""
-        self._found.setdefault((work, unit), {}).setdefault(side, []).append(figure)
-        print(f"{work}: {figure:.1f} {unit}, {side}", file=sys.stderr, flush=True)
+    def add(self, work: str, unit: str, side: str, figure: float | None) -> None:
+        """Keep one figure, unless there is none, and show it: a run takes long."""
+        kept = self._found.setdefault((work, unit), {}).setdefault(side, [])
+        if figure is not None:
+            kept.append(figure)
+        shown = "nothing" if figure is None else f"{figure:.1f} {unit}"
+        print(f"{work}: {shown}, {side}", file=sys.stderr, flush=True)
 
     def measurements(self) -> list[Measurement]:
         """Return one measurement for each of ours with each peer, or one without any."""
@@ -108,7 +111,8 @@ def measure_contexts(bench: Bench) -> list[Measurement]:
                 asks = make_asks(prompts, adapters, _CONTEXT_NEW_TOKENS)
                 ours.run(make_asks(prompts, adapters, 1))
                 for side in (ours, reference):
-                    step = 1000 * len(asks) / decode_rate(side.run(asks))
+                    rate = decode_rate(side.run(asks))
+                    step = 1000 * len(asks) / rate if rate else None
                     samples.add(f"{work}, {length:,} tokens before", "ms", side.name, step)
     return samples.measurements()
 
