@@ -34,7 +34,7 @@ _PROMPT_WORKS: Final[Mapping[str, Sequence[int | None]]] = {
     "8 prompts at once, 8 adapters": range(8),
 }
 _CONTEXTS = (64, 512, 1024)
-_CONTEXT_NEW_TOKENS = 24
+_CONTEXT_NEW_TOKENS = 64
 # With a margin for what a server has to prepare at its first requests.
 _WARM_UP_TOKENS = 8
 
