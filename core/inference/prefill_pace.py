@@ -25,8 +25,8 @@ class PrefillPace:
     def tokens(self, *, answers: int, prompts: int) -> int:
         """Return how many prompt tokens to compute in a pass.
 
-        Where prompts outnumber answers, as when many requests come at once, a pass reads for so
-        many more of them: the answer that is first must not hold up all the others.
+        Where prompts outnumber answers, as when many requests come at once, that is as many times
+        more: whoever comes first must not hold up all the others.
 
         Args:
             answers: That are being generated meanwhile.
