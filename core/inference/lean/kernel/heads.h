@@ -1,8 +1,8 @@
 /* Attention of neighbouring query heads over the pages of a row.
  *
- * `attention.h` includes this once for each width of vectors (`vectors.h`), and says how eight numbers
- * of neighbouring positions lie in one vector. A score is the sum of the same eights in any width, and
- * a result the sum over the positions in their order.
+ * `attention.h` includes this once for each width of vectors (`vectors.h`), and says how eight
+ * numbers of neighbouring positions lie in one vector. A score is the sum of the same eights in any
+ * width, and a result the sum over the positions in their order.
  */
 
 /* Scores of the heads for the first positions of a page, four at a time. */
@@ -25,10 +25,12 @@ TARGET INLINE void NAMED(score)(const Heads *t, const void *page, int positions,
         for (int i = 0; i < t->width; i += 8)
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; j++) {
-                VECTOR keys = NAMED(load_keys)(page, place + j * AT_ONCE * t->stride + i, t->stride, half);
+                VECTOR keys = NAMED(load_keys)(page, place + j * AT_ONCE * t->stride + i,
+                                               t->stride, half);
 #pragma GCC unroll 3
                 for (int h = 0; h < heads; h++)
-                    sum[h][j] = FMADD(NAMED(load_query)(t->queries + h * t->width + i), keys, sum[h][j]);
+                    sum[h][j] = FMADD(NAMED(load_query)(t->queries + h * t->width + i), keys,
+                                      sum[h][j]);
             }
 #pragma GCC unroll 3
         for (int h = 0; h < heads; h++) {

@@ -84,8 +84,10 @@ static Processors only(const Processors *set, int processor) {
     return one;
 }
 
-/* Move a thread to one of some processors; later it may run on all `allowed`. Return whether it could
- * be moved. */
+/* Move a thread to one of some processors; later it may run on all `allowed`.
+ *
+ * Return whether it could be moved.
+ */
 static int move_to(const Thread *thread, const Processors *some, const Processors *allowed) {
     return CPU_COUNT(some) && !sched_setaffinity(thread->id, sizeof *some, some) &&
            !sched_setaffinity(thread->id, sizeof *allowed, allowed);

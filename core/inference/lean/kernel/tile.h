@@ -1,7 +1,7 @@
 /* The sums of some rows and neighbouring panels, which stay in registers throughout.
  *
- * `product.h` includes this once for each width of vectors (`vectors.h`): the algorithm is one, so that
- * the order of the sums is, too.
+ * `product.h` includes this once for each width of vectors (`vectors.h`): the algorithm is one, so
+ * that the order of the sums is, too.
  */
 TARGET INLINE void NAMED(add_up)(const int rows, const int panels, const int half,
                                  const TileWork *t) {
